@@ -1,0 +1,239 @@
+"""From one number to a plan: slice, precision, where the PLE table lives, context. Arithmetic over headers alone.
+
+Every combination is priced; of those that fit, the one with the best quality is taken. The same input gives the same
+plan, and more budget never gives a worse one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge.budget.price import components
+from edge.budget.quality import Quality, qualities
+from edge.budget.units import format_bytes
+from loaders.checkpoint import Checkpoint
+from loaders.errors import Usage, WontFit
+from loaders.families import NamedSlice
+from loaders.network.matformer import Slice, sliced
+from loaders.slices import candidates, resolve
+
+PRECISIONS = ("float32", "bf16")
+TIERS = ("device", "ram", "ssd")
+CONTEXTS = (4096, 2048, 1024, 512)
+CHUNKS = (256, 64, 16)
+DEFAULT_CONTEXT = CONTEXTS[0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user pinned; ``auto`` and None leave it to the planner. Budgets are bytes; None is without limit."""
+
+    budget: int | None = None
+    ram_budget: int | None = None
+    slice: str = "auto"
+    precision: str = "auto"
+    ple: str = "auto"
+    kv: str = "auto"
+    context: int | None = None
+    device: str = "cpu"
+    engine: str = "torch"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What is taken before any weight is loaded: interpreter, libraries, tokenizer; on a GPU its context."""
+
+    host: int
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Any]):
+    """One priced combination; also readable as a mapping with the keys of ``edge run --json``.
+
+    ``bytes`` are those the budget counts, by component: the process on a CPU, the device on a GPU. ``host_bytes`` are
+    the process's own on a GPU, empty on a CPU.
+    """
+
+    part: Slice
+    precision: str
+    ple: str
+    kv: str
+    context: int
+    chunk: int
+    engine: str
+    device: str
+    bytes: dict[str, int]
+    host_bytes: dict[str, int] = field(default_factory=dict)
+    quality: Quality = field(default_factory=Quality)
+
+    @property
+    def slice(self) -> str:
+        """The slice's name."""
+        return self.part.name
+
+    @property
+    def total_bytes(self) -> int:
+        """What is held against ``--budget``."""
+        return sum(self.bytes.values())
+
+    @property
+    def host_total_bytes(self) -> int:
+        """What is held against ``--ram-budget`` on a GPU; 0 on a CPU."""
+        return sum(self.host_bytes.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        keys = ("slice", "precision", "ple", "kv", "context", "chunk", "engine", "device", "bytes", "total_bytes")
+        plain = {key: getattr(self, key) for key in keys}
+        plain["layers"], plain["widths"] = list(self.part.keep), list(self.part.widths)
+        plain["quality"] = {"score": self.quality.score, "origin": self.quality.origin}
+        if self.host_bytes:
+            plain.update(host_bytes=self.host_bytes, host_total_bytes=self.host_total_bytes)
+        return plain
+
+    def over(self, request: Request) -> int:
+        """Bytes by which the tighter budget is passed; zero or less when the plan fits."""
+        pairs = ((request.budget, self.total_bytes), (request.ram_budget, self.host_total_bytes))
+        return max((need - have for have, need in pairs if have is not None), default=0)
+
+    def label(self) -> str:
+        """One line for people."""
+        tier = "" if self.ple == "none" else f", PLE table {WHERE[self.ple]}"
+        return f"{self.slice} in {self.precision}{tier}, context {self.context}"
+
+    def __getitem__(self, key: str) -> Any:
+        return self.as_dict()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.as_dict())
+
+    def __len__(self) -> int:
+        return len(self.as_dict())
+
+
+WHERE = {"device": "on the device", "ram": "in RAM", "ssd": "on SSD"}
+
+
+def enumerate_plans(checkpoint: Checkpoint, request: Request, floor: Floor) -> list[Plan]:
+    """Every combination the request leaves open, best first; contexts as one block each, longest first."""
+    model = checkpoint.model
+    slices = wanted_slices(checkpoint, request.slice)
+    ranked = sorted(zip(slices, qualities(model, slices), strict=True), key=lambda pair: -pair[1].score)
+    found: list[Plan] = []
+    for context in wanted_contexts(model.context, request.context):
+        block: list[Plan] = []
+        for named, quality in ranked:
+            small = sliced(model, named.slice)
+            for precision in wanted_precisions(checkpoint, request.precision):
+                for tier in wanted_tiers(checkpoint, request):
+                    for chunk in CHUNKS:
+                        kv = precision if request.kv == "auto" else request.kv
+                        priced = components(
+                            checkpoint, named.slice, small,
+                            precision=precision, kv=kv, tier=tier, context=context, chunk=min(chunk, context),
+                        )  # fmt: skip
+                        device, host = split(priced, floor, tier, request.device)
+                        block.append(
+                            Plan(
+                                named.slice, precision, tier, kv, context, min(chunk, context),
+                                request.engine, request.device, device, host, quality,
+                            )
+                        )  # fmt: skip
+        found.extend(sorted(block, key=preference))
+    return found
+
+
+def preference(plan: Plan) -> tuple[float, int, int, int, int]:
+    """Quality first, then precision, then the table near rather than far, then long chunks; fewer bytes on a tie."""
+    return (
+        -plan.quality.score,
+        PRECISIONS.index(plan.precision),
+        ("ram", "device", "ssd", "none").index(plan.ple),
+        -plan.chunk,
+        plan.total_bytes,
+    )
+
+
+def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Components by where they lie: (counted against the budget, counted against the RAM budget)."""
+    if device == "cpu":
+        return {"runtime": floor.host, **priced}, {}
+    on_device = {"runtime": floor.device, **priced}
+    host = {"runtime": floor.host}
+    if tier != "device":
+        on_device.pop("ple")
+        host["ple"] = priced["ple"]
+    host["staging"] = 2 * priced["activations"] // 4
+    return on_device, host
+
+
+def choose(checkpoint: Checkpoint, request: Request, floor: Floor) -> Plan:
+    """The best plan that fits. Raises WontFit, naming the smallest there is, before anything is loaded."""
+    plans = enumerate_plans(checkpoint, request, floor)
+    for plan in plans:
+        if plan.over(request) <= 0:
+            return plan
+    nearest = min(plans, key=lambda plan: (plan.over(request), preference(plan)))
+    over_host = request.ram_budget is not None and nearest.host_total_bytes > request.ram_budget
+    flag, have = ("--ram-budget", request.ram_budget) if over_host else ("--budget", request.budget)
+    need = nearest.host_total_bytes if over_host else nearest.total_bytes
+    assert have is not None
+    raise WontFit(
+        f"nothing fits {flag} {format_bytes(have)}; the nearest is {nearest.label()}, "
+        f"which needs {format_bytes(need)} ({need} bytes), {format_bytes(need - have)} more",
+        needed=need,
+        budget=have,
+        hint=f"Give at least {flag} {need}" + freer(request),
+    )
+
+
+def freer(request: Request) -> str:
+    """What to unpin, when something was pinned."""
+    pinned = [f"--{k}" for k in ("slice", "precision", "ple", "kv") if getattr(request, k) != "auto"]
+    if request.context is not None:
+        pinned.append("--context")
+    return f", or leave {' and '.join(pinned)} to the planner" if pinned else ""
+
+
+def wanted_slices(checkpoint: Checkpoint, text: str) -> tuple[NamedSlice, ...]:
+    """All candidates, or the one that was named, with its published score where there is one."""
+    if text == "auto":
+        return candidates(checkpoint.model, checkpoint.family)
+    part = resolve(checkpoint.model, checkpoint.family, text)
+    known = {(s.slice.keep, s.slice.widths): s for s in checkpoint.family.slices(checkpoint.model)}
+    return (known.get((part.keep, part.widths), NamedSlice(part)),)
+
+
+def wanted_precisions(checkpoint: Checkpoint, text: str) -> tuple[str, ...]:
+    """A 16-bit checkpoint gains nothing from float32, so ``auto`` does not offer it there."""
+    if text != "auto":
+        return (one_of("--precision", text, PRECISIONS),)
+    return PRECISIONS if checkpoint.dtype == "F32" else ("bf16",)
+
+
+def wanted_tiers(checkpoint: Checkpoint, request: Request) -> tuple[str, ...]:
+    """``auto`` never puts the table on a device: it would buy microseconds with gigabytes."""
+    if checkpoint.model.ple is None:
+        if request.ple != "auto":
+            raise Usage(request.ple, field="--ple", expected="auto: this model has no per-layer embeddings")
+        return ("none",)
+    return ("ram", "ssd") if request.ple == "auto" else (one_of("--ple", request.ple, TIERS),)
+
+
+def wanted_contexts(most: int, pinned: int | None) -> tuple[int, ...]:
+    """What is asked for, or a comfortable length with shorter ones to fall back to."""
+    if pinned is not None:
+        if not 1 <= pinned <= most:
+            raise Usage(pinned, field="--context", expected=f"1 to {most}, the longest this model was made for")
+        return (pinned,)
+    return tuple(dict.fromkeys(min(context, most) for context in CONTEXTS))
+
+
+def one_of(flag: str, text: str, choices: tuple[str, ...]) -> str:
+    """A choice, or Usage."""
+    if text not in choices:
+        raise Usage(text, field=flag, expected="auto or one of " + ", ".join(choices))
+    return text

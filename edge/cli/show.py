@@ -1,0 +1,145 @@
+"""What people see: tables and lines on stderr, results on stdout. Colour and progress only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from edge.budget.plan import WHERE, Plan, Request
+from edge.budget.units import format_bytes
+from edge.generate import Timing
+from edge.session import Notify, Session
+
+MOST_ROWS = 24
+
+
+def stderr() -> Console:
+    """Plain text when stderr is not a terminal, and wide enough then for a table not to wrap."""
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=160, no_color=True)
+
+
+def stdout() -> Console:
+    """The same for results."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160, no_color=True)
+
+
+def print_json(value: Any) -> None:
+    """One object and nothing else."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def safe(text: str) -> str:
+    """Model text for a terminal: whatever could move a cursor or set a clipboard is dropped."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable() or (c.isspace() and c not in "\r\x0b\x0c"))
+
+
+@contextmanager
+def progress(console: Console, wanted: bool) -> Iterator[Notify]:
+    """A bar for loading and long prompts, gone when it is done; nothing off a terminal."""
+    if not (wanted and console.is_terminal):
+        yield lambda what, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def notify(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total, visible=done < total)
+
+        yield notify
+
+
+def plan_lines(plan: Plan, request: Request, best: Plan) -> list[str]:
+    """What was chosen and, when it is not the best there is, what that would have needed."""
+    have = "no budget" if request.budget is None else f"{format_bytes(request.budget)} budget"
+    lines = [f"plan: {plan.label()}: {format_bytes(plan.total_bytes)} of {have}"]
+    if plan.host_bytes:
+        limit = f" of {format_bytes(request.ram_budget)}" if request.ram_budget is not None else ""
+        lines[0] += f" on the GPU, {format_bytes(plan.host_total_bytes)}{limit} on the host"
+    changed = []
+    if plan.part != best.part:
+        changed.append(f"slice {best.slice} -> {plan.slice}")
+    if plan.precision != best.precision:
+        changed.append(f"precision {best.precision} -> {plan.precision}")
+    if plan.ple != best.ple:
+        changed.append(f"PLE table {best.ple} -> {plan.ple}")
+    if plan.context != best.context:
+        changed.append(f"context {best.context} -> {plan.context}")
+    if changed:
+        lines.append(f"      to fit: {', '.join(changed)} ({best.label()} needs {format_bytes(best.total_bytes)})")
+    return lines
+
+
+def plan_table(plans: Sequence[Plan], chosen: Plan | None, request: Request) -> Table:
+    """One row per slice, precision and tier, at its longest chunk that fits."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    origin = plans[0].quality.origin
+    for name, justify in (("", "left"), ("slice", "left"), ("precision", "left"), ("PLE", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("context", origin, *plans[0].bytes, "total", "fits"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan in distinct(plans, request)[:MOST_ROWS]:
+        over = plan.over(request)
+        quality = f"{plan.quality.score:.1f}%" if origin == "MMLU" else parameters(plan.quality.score)
+        cells = [format_bytes(plan.bytes.get(name, 0)) for name in plans[0].bytes]
+        table.add_row(
+            "->" if plan is chosen else "",
+            plan.slice, plan.precision, plan.ple, str(plan.context), quality, *cells,
+            format_bytes(plan.total_bytes),
+            "yes" if over <= 0 else f"{format_bytes(over)} over",
+            style="bold" if plan is chosen else ("dim" if over > 0 else None),
+        )  # fmt: skip
+    return table
+
+
+def parameters(billions: float) -> str:
+    """1.91B, 27.1M."""
+    return f"{billions:.2f}B" if billions >= 0.1 else f"{billions * 1000:.1f}M"
+
+
+def distinct(plans: Sequence[Plan], request: Request) -> list[Plan]:
+    """Plans without those that differ in the chunk only: the first that fits, else the smallest."""
+    best: dict[tuple[Any, ...], Plan] = {}
+    for plan in plans:
+        key = (plan.part, plan.precision, plan.ple, plan.context)
+        held = best.get(key)
+        if held is None or (held.over(request) > 0 and plan.over(request) < held.over(request)):
+            best[key] = plan
+    return list(best.values())
+
+
+def statistics(session: Session, timing: Timing) -> list[tuple[str, str]]:
+    """What a run took, for people: name and figure."""
+    memory, plan, ple = session.memory(), session.plan, session.ple
+    peak, budget = memory["peak_bytes"], memory["budget_bytes"]
+    on_gpu = memory["device_peak_bytes"] is not None
+    shown = memory["device_peak_bytes"] if on_gpu else peak
+    of = f" of {format_bytes(budget)} budget ({shown / budget:.0%})" if budget else ""
+    prompt = timing.prompt_tokens - timing.cached_tokens
+    lines = [
+        ("load", f"{session.load_s:.2f} s"),
+        ("prefill", f"{prompt} tokens, {timing.prefill_tps:.1f} tokens/s, first token after {timing.ttft_s:.2f} s"),
+        (
+            "decode",
+            f"{timing.new_tokens} tokens, {timing.decode_tps:.1f} tokens/s, reading {timing.read_gbps:.2f} GB/s",
+        ),
+        ("peak memory", f"{format_bytes(shown)}{of}, {format_bytes(plan.total_bytes)} planned"),
+    ]
+    if on_gpu:
+        lines.append(("host memory", f"{format_bytes(peak)} peak, {format_bytes(plan.host_total_bytes)} planned"))
+    if ple is not None:
+        read = f"{format_bytes(ple.bytes_read)} read from storage" if plan.ple == "ssd" else "none read from storage"
+        waited = f", {ple.hit_rate:.0%} found in memory, {ple.wait_s * 1000:.0f} ms waited" if plan.ple == "ssd" else ""
+        lines.append(("PLE", f"{ple.rows} rows {WHERE[plan.ple]}, {read}{waited}"))
+    return lines

@@ -1,0 +1,29 @@
+"""``edge slice``: a slice as a checkpoint of its own, for every tool that reads Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge.budget.units import format_bytes
+from edge.cli.show import progress, stderr
+from loaders.checkpoint import Checkpoint
+from loaders.rewrite import write_slice
+from loaders.slices import resolve
+
+
+@click.command("slice")
+@click.argument("model")
+@click.option("--slice", "name", required=True, metavar="NAME", help="E2B, half, ffn=8192x20,16384x15, a JSON file.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="A folder that does not exist yet.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing.")
+def command(model: str, name: str, output: str, quiet: bool) -> None:
+    """Write a slice of MODEL as a checkpoint folder that transformers loads."""
+    console = stderr()
+    checkpoint = Checkpoint.open(Path(model))
+    part = resolve(checkpoint.model, checkpoint.family, name)
+    with progress(console, not quiet) as notify:
+        size = write_slice(checkpoint, part, Path(output), notify)
+    if not quiet:
+        console.print(f"{output}: {part.name}, {part.describe()}, {format_bytes(size)}", markup=False)

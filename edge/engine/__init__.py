@@ -1,0 +1,87 @@
+"""Engines compute; each lives in files of its own, and its library is imported only when it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edge.budget.memory import Ledger, bound_malloc, read_process
+from edge.budget.nvml import device_used
+from edge.budget.plan import Floor, Plan
+from edge.store.ple import Counters
+from loaders.checkpoint import Checkpoint
+from loaders.errors import Unsupported, Usage
+from loaders.network.matformer import parts
+from loaders.network.spec import Model
+from loaders.network.tensors import PLE_TABLE
+
+if TYPE_CHECKING:
+    from edge.engine.base import Engine
+
+# (what is going on, how much is done, of how much)
+Notify = Callable[[str, int, int], None]
+MIB = 1 << 20
+# Floors are rounded up to this, so that noise of a few pages does not change a plan.
+STEP = 4 * MIB
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An engine's libraries, loaded and warmed up, and the device they will use."""
+
+    engine: str
+    device: str
+    handle: Any
+    device_before: int | None
+
+    def floor(self) -> Floor:
+        """What is resident now, before any weight, rounded up."""
+        resident = read_process()
+        host = -(-(max(resident.rss, resident.peak_rss) + resident.swap + 2 * MIB) // STEP) * STEP
+        return Floor(host, -(-(self.device_delta() or 0) // STEP) * STEP)
+
+    def device_delta(self) -> int | None:
+        """Bytes in use on the GPU beyond what was in use before this process touched it; None on a CPU."""
+        if self.device_before is None:
+            return None
+        return max(0, (device_used() or 0) - self.device_before)
+
+
+def start(engine: str, device: str) -> Runtime:
+    """Loads and warms up an engine. Raises Usage or Unsupported for one this version does not have."""
+    if engine not in ("auto", "torch", "native", "ort"):
+        raise Usage(engine, field="--engine", expected="auto, native, torch or ort")
+    if engine in ("native", "ort"):
+        raise Unsupported(
+            f"the {engine} engine is not part of this version", field="--engine", expected="auto or torch"
+        )
+    bound_malloc()
+    before = device_used()
+    from edge.engine.torch_start import pick_device, warm_up
+
+    picked = pick_device(device)
+    warm_up(picked)
+    return Runtime("torch", picked.type, picked, before if picked.type == "cuda" else None)
+
+
+def load(
+    runtime: Runtime, checkpoint: Checkpoint, model: Model, plan: Plan, ledger: Ledger, notify: Notify
+) -> tuple[Engine, Counters | None]:
+    """Realises a plan: reads the slice's windows, opens its table, makes the cache."""
+    from edge.engine.torch import TorchEngine
+    from edge.engine.torch_ple import open_rows
+    from edge.engine.torch_weights import load_weights
+
+    wanted, rows = parts(checkpoint.model, plan.part), None
+    if PLE_TABLE in wanted:
+        held = plan.bytes.get("ple", plan.host_bytes.get("ple", 0))
+        ledger.take("ple", held)
+        rows = open_rows(checkpoint, wanted[PLE_TABLE], plan.ple, held, runtime.handle)
+    weights = load_weights(checkpoint, wanted, plan.precision, runtime.handle, ledger, notify)
+    ledger.take("kv", plan.bytes["kv"])
+    ledger.take("activations", plan.bytes["activations"])
+    engine = TorchEngine(
+        model, weights, rows, context=plan.context, chunk=plan.chunk, kv=plan.kv, device=runtime.handle
+    )
+    return engine, None if rows is None else rows.counters

@@ -1,0 +1,36 @@
+"""What an engine is. It knows tokens and logits, and nothing of text, prompts or sampling."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from loaders.network.ops import Want
+
+
+class Engine(Protocol):
+    """One model, loaded, with one cache. Not thread-safe. ``chunk`` is the most tokens one pass takes."""
+
+    name: str
+    device: str
+    chunk: int
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+
+    def forward(self, ids: np.ndarray, want: Want) -> np.ndarray:
+        """Appends ids int64 [t] to the cache; float32 logits [t, vocab], [1, vocab] or [0, vocab] as wanted."""
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """float32 logits [t, vocab] of every position of ids [t], in a cache of their own."""
+
+    def prefetch(self, token: int) -> None:
+        """The next token is known: whatever can be fetched for it may start now."""
+
+    def reset(self) -> None:
+        """Empties the cache."""
+
+    def close(self) -> None:
+        """Releases memory, threads and descriptors."""

@@ -1,0 +1,90 @@
+"""The torch engine: the reference on CPU, and the engine for GPUs. Runs the network's one definition eagerly."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from edge.engine.kv import KVCache
+from edge.engine.torch_ops import TorchOps
+from edge.engine.torch_ple import Rows
+from loaders.network import decoder_of
+from loaders.network.ops import Want
+from loaders.network.spec import Model
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TorchEngine:
+    """``weights``: canonical name -> tensor. ``chunk``: most tokens run at once. Not thread-safe."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: Model,
+        weights: dict[str, torch.Tensor],
+        rows: Rows | None,
+        *,
+        context: int,
+        chunk: int,
+        kv: str,
+        device: torch.device,
+    ) -> None:
+        self.model, self.weights, self.rows = model, weights, rows
+        self.chunk, self.kv, self.torch_device = chunk, DTYPES[kv], device
+        self.device = device.type
+        self.ops = TorchOps(device)
+        self.decoder = decoder_of(model)
+        self.cache = KVCache(model, context, self.kv, device)
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return self.cache.start
+
+    def forward(self, ids: np.ndarray, want: Want) -> np.ndarray:
+        """Appends one chunk of ids to the cache; float32 logits of all, of the last, or [0, vocab] for none."""
+        return self.run(ids, self.cache, want)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """float32 logits [t, vocab] of every position, in a cache of their own."""
+        cache = KVCache(self.model, len(ids), self.kv, self.torch_device)
+        out = np.empty((len(ids), self.model.vocab), np.float32)
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            out[start : start + len(part)] = self.run(part, cache, "all")
+        return out
+
+    @torch.inference_mode()
+    def run(self, ids: np.ndarray, cache: KVCache, want: Want) -> np.ndarray:
+        """One pass over ids [t], t at most a chunk."""
+        cache.begin(len(ids))
+        self.ops.begin()
+        tokens = torch.from_numpy(ids).to(self.torch_device)
+        out = self.decoder(self.ops, self.model, self.weights.__getitem__, tokens, self.ple(ids), cache, want=want)
+        cache.end()
+        if out is None:
+            return np.empty((0, self.model.vocab), np.float32)
+        return out.cpu().numpy()
+
+    def ple(self, ids: np.ndarray) -> torch.Tensor | None:
+        """Raw rows [t, layers, dim] in float32, for models that have them."""
+        if self.rows is None or self.model.ple is None:
+            return None
+        return self.rows.gather(ids).float().view(len(ids), len(self.model.layers), self.model.ple.dim)
+
+    def prefetch(self, token: int) -> None:
+        """Starts the read of a token's row as soon as the token is known."""
+        if self.rows is not None:
+            self.rows.prefetch([token])
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self.cache.reset()
+
+    def close(self) -> None:
+        """Releases memory, threads and descriptors."""
+        if self.rows is not None:
+            self.rows.close()
+        self.weights = {}

@@ -1,0 +1,164 @@
+"""The network's operators in torch, on CPU and CUDA. Activations are float32; weights are what the store holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from edge.engine.kv import Keys
+from loaders.network.spec import Activation, Rope
+
+# A mask over keys is built for this many bytes of (query, key) pairs at a time.
+MASK_BYTES = 8 << 20
+# Where a processor has no bfloat16 arithmetic, products of more than one token go through float32 tiles of this size.
+TILE_BYTES = 8 << 20
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run at the hardware's speed: on CPUs only with AVX512-BF16, AMX or the like."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class TorchOps:
+    """Stateless but for a scratch tile and the rotations of the pass at hand (:meth:`begin`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.fast = device, has_fast_bfloat16(device)
+        self.tile = torch.empty(0)
+        self.frequencies: dict[Rope, torch.Tensor] = {}
+        self.rotations: dict[tuple[Rope, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def begin(self) -> None:
+        """A new pass: positions have moved."""
+        self.rotations.clear()
+
+    def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return table.index_select(0, ids).float()
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype == torch.float32:
+            return functional.linear(x, weight)
+        if self.fast or x.shape[0] == 1:
+            return functional.linear(x.to(weight.dtype), weight).float()
+        return self.tiled(x, weight)
+
+    def tiled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [..., in] times a 16-bit weight, widened a tile of rows at a time; float32 throughout."""
+        rows, width = weight.shape
+        step = max(1, min(rows, TILE_BYTES // 4 // width))
+        if self.tile.numel() < step * width:
+            self.tile = torch.empty(max(step * width, TILE_BYTES // 4))
+        flat, out = x.reshape(-1, width), torch.empty(*x.shape[:-1], rows)
+        target = out.view(-1, rows)
+        for start in range(0, rows, step):
+            part = weight[start : start + step]
+            tile = self.tile[: part.numel()].view(part.shape)
+            tile.copy_(part)
+            torch.mm(flat, tile.t(), out=target[:, start : start + step])
+        return out
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(a, b)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def rms(self, x: torch.Tensor, floor: float) -> torch.Tensor:
+        return x.square().mean(-1, keepdim=True).clamp_min(floor).sqrt()
+
+    def rope(self, x: torch.Tensor, positions: torch.Tensor, rope: Rope) -> torch.Tensor:
+        cos, sin = self.rotation(positions, rope)
+        half = rope.dim // 2
+        a, b = x[..., :half], x[..., half : rope.dim]
+        parts = (a * cos - b * sin, b * cos + a * sin)
+        return torch.cat(parts if rope.dim == x.shape[-1] else (*parts, x[..., rope.dim :]), -1)
+
+    def rotation(self, positions: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [t, 1, dim / 2] for a pass; computed once for all layers that rotate alike."""
+        key = (rope, positions.shape[0])
+        if key not in self.rotations:
+            if rope not in self.frequencies:
+                self.frequencies[rope] = frequencies(rope).to(self.device)
+            angles = positions.float()[:, None] * self.frequencies[rope]
+            self.rotations[key] = (angles.cos()[:, None], angles.sin()[:, None])
+        return self.rotations[key]
+
+    def attention(
+        self, q: torch.Tensor, kv: Keys, positions: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        tokens, heads, dim = q.shape
+        grouped = q.view(tokens, kv.k.shape[0], heads // kv.k.shape[0], dim).to(kv.k.dtype)
+        if kv.first is None:
+            return attend(grouped, kv.k, kv.v, None, scale)
+        origin, out = kv.end - tokens, []
+        step = max(1, MASK_BYTES // (4 * kv.k.shape[1] * grouped.shape[2]))
+        for start in range(0, tokens, step):
+            stop = min(start + step, tokens)
+            seen = 0 if window is None else max(0, origin + start - window + 1 - kv.first)
+            last = origin + stop - kv.first
+            mask = None
+            if stop - start > 1:
+                mask = visible(origin + start, stop - start, kv.first + seen, last - seen, window, q.device)
+            out.append(attend(grouped[start:stop], kv.k[:, seen:last], kv.v[:, seen:last], mask, scale))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def activation(self, x: torch.Tensor, kind: Activation) -> torch.Tensor:
+        return functional.silu(x) if kind == "silu" else functional.gelu(x, approximate="tanh")
+
+    def gaussian_topk(self, x: torch.Tensor, cut: float) -> torch.Tensor:
+        variance, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+        return functional.relu(x - (mean + cut * variance.sqrt()))
+
+    def tanh(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh()
+
+    def mean(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return x.mean(axis)
+
+    def reshape(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        return x.reshape(tuple(shape))
+
+    def slice(self, x: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
+        return x.narrow(axis, start, stop - start)
+
+    def concat(self, xs: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        return torch.cat(tuple(xs), axis)
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        return x[-1:]
+
+
+def visible(
+    first_query: int, queries: int, first_key: int, keys: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Which keys [queries, keys] a query sees: none after it, and with a window only the nearest, itself included."""
+    q = torch.arange(first_query, first_query + queries, device=device)[:, None]
+    k = torch.arange(first_key, first_key + keys, device=device)[None, :]
+    return k <= q if window is None else (k <= q) & (k > q - window)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """q [t, kv_heads, group, dim] over k, v [kv_heads, n, dim] -> float32 [t, kv_heads * group * dim].
+
+    The heads of a group become further queries of their one key head, so keys are never repeated in memory.
+    """
+    tokens, kv_heads, group, dim = q.shape
+    rows = q.permute(1, 2, 0, 3).reshape(1, kv_heads, group * tokens, dim)
+    if mask is not None:
+        mask = mask.expand(group, *mask.shape).reshape(group * tokens, -1)
+    out = functional.scaled_dot_product_attention(rows, k[None], v[None], mask, scale=scale)
+    return out.view(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, -1).float()
+
+
+def frequencies(rope: Rope) -> torch.Tensor:
+    """Angles per position, float32 [dim / 2]; long wavelengths are stretched, middle ones blended (Llama 3.1)."""
+    found = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    s = rope.scaling
+    if s is None:
+        return found
+    wavelength = 2 * math.pi / found
+    blend = ((s.original / wavelength - s.low) / (s.high - s.low)).clamp(0.0, 1.0)
+    return (1.0 - blend) * found / s.factor + blend * found

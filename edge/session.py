@@ -1,0 +1,291 @@
+"""A model, loaded under a plan: logits, steps, text and an account of its memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from edge import engine as engines
+from edge.budget.memory import Ledger, read_process, tree_peak
+from edge.budget.plan import Plan, Request, choose
+from edge.budget.price import kv_bytes
+from edge.budget.units import format_bytes, parse_bytes
+from edge.generate import Event, Timing, generate
+from edge.sampling import Sampler, Sampling
+from loaders.checkpoint import Checkpoint
+from loaders.errors import BadCheckpoint, OverBudget, Usage
+from loaders.network.matformer import sliced
+from loaders.network.tensors import tensors
+from loaders.text.generation import GenerationDefaults, read_generation
+from loaders.text.template import ChatTemplate
+from loaders.text.tokenizer import StreamDecoder, Tokenizer
+
+Notify = Callable[[str, int, int], None]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Session:
+    """Made by :func:`load`. Not thread-safe; ``cancel()`` may be called from a signal handler or another thread."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | None,
+        runtime: engines.Runtime,
+        request: Request,
+        *,
+        notify: Notify = quiet,
+        started: float | None = None,
+    ) -> None:
+        begun = perf_counter() if started is None else started
+        self.checkpoint, self._tokenizer, self.runtime, self.request = checkpoint, tokenizer, runtime, request
+        self.notify = notify
+        self.floor = runtime.floor()
+        self.plan: Plan = choose(checkpoint, request, self.floor)
+        planned = {**self.plan.host_bytes, **self.plan.bytes}
+        self.ledger = Ledger(request.budget, planned)
+        self.ledger.take("runtime", planned["runtime"])
+        self.model = sliced(checkpoint.model, self.plan.part)
+        self.engine, self.ple = engines.load(runtime, checkpoint, self.model, self.plan, self.ledger, notify)
+        self.tokens: list[int] = []
+        self.load_s = perf_counter() - begun
+        self._cancelled = False
+        self._device_peak = runtime.device_delta()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, opened when it is first needed."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.open(self.checkpoint.folder)
+        return self._tokenizer
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template, if it has one."""
+        return ChatTemplate.open(self.checkpoint.folder)
+
+    @cached_property
+    def defaults(self) -> GenerationDefaults:
+        """Stop tokens, and sampling where the checkpoint recommends some."""
+        return read_generation(self.checkpoint.folder, self.checkpoint.raw_config)
+
+    @property
+    def room(self) -> int:
+        """Tokens the context still holds."""
+        return self.plan.context - self.engine.position
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [t, vocab]: every position of ids [t], in a fresh cache; the session's own is left alone.
+
+        Raises Usage for ids outside the vocabulary or more than the context; OverBudget when the answer itself,
+        t * vocab * 4 bytes, would break the budget.
+        """
+        found = self.checked(ids, self.plan.context)
+        own = kv_bytes(self.model, len(found), self.plan.kv)
+        self.afford(len(found) * self.model.vocab * 4 + (own if self.engine.device == "cpu" else 0), "the logits")
+        out = self.engine.logits(found)
+        self.sample_device()
+        return out
+
+    def step(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [vocab]: appends ids to the cache, chunk by chunk, and gives the logits of the last.
+
+        Raises Usage for ids outside the vocabulary or more than the context still holds.
+        """
+        found = self.checked(ids, self.room)
+        starts = range(0, len(found), self.engine.chunk)
+        out = np.empty((0, 0), np.float32)
+        for start in starts:
+            part = found[start : start + self.engine.chunk]
+            out = self.engine.forward(part, "last" if start == starts[-1] else "none")
+            self.tokens.extend(part.tolist())
+            if len(starts) > 1:
+                self.notify("prefill", start + len(part), len(found))
+            if self._cancelled and start != starts[-1]:
+                raise KeyboardInterrupt
+        self.sample_device()
+        return out[0]
+
+    def prefetch(self, token: int) -> None:
+        """The next token is known: its row may be fetched."""
+        self.engine.prefetch(token)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self.engine.reset()
+        self.tokens = []
+
+    def cancel(self) -> None:
+        """Ends a running generation after the current token, or a prefill after the current chunk."""
+        self._cancelled = True
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = 0,
+    ) -> Iterator[Event]:
+        """Yields an :class:`edge.generate.Event` per token. Text is completed as it is; see edge.chat for turns.
+
+        Greedy unless ``temperature`` is above zero. The cache is kept when ``prompt`` goes on where it ended.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        if max_tokens < 1:
+            raise Usage(max_tokens, field="max_tokens", expected="1 or more")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        self.checked(ids, self.plan.context)
+        known = len(self.tokens)
+        if not 0 < known < len(ids) or ids[:known] != self.tokens:
+            self.reset()
+            known = 0
+        self._cancelled = False
+        timing = Timing(len(ids), known, bytes_per_token=self.bytes_per_token)
+        return generate(
+            self,
+            ids[known:],
+            ids,
+            Sampler(sampling, seed),
+            StreamDecoder(self.tokenizer),
+            stop_ids=frozenset(self.defaults.stop_ids),
+            max_tokens=max_tokens,
+            timing=timing,
+            cancelled=lambda: self._cancelled,
+        )
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights one decoded token reads: all but embeddings of which one row is used."""
+        unread = 0 if self.model.tied else self.plan_bytes_of("embed")
+        return self.plan.bytes["weights"] - unread
+
+    def plan_bytes_of(self, name: str) -> int:
+        """Bytes one tensor takes under this plan."""
+        from edge.store.weights import stored_bytes
+
+        return stored_bytes(name, tensors(self.model)[name], self.plan.precision)
+
+    def memory(self) -> dict[str, Any]:
+        """Planned and measured bytes; ``components`` maps each to {'planned', 'peak'}.
+
+        ``peak_bytes`` is the process tree's, from its start; ``device_peak_bytes`` the GPU's, context included.
+        """
+        self.sample_device()
+        now = read_process()
+        return {
+            "budget_bytes": self.request.budget,
+            "planned_bytes": self.plan.total_bytes,
+            "peak_bytes": tree_peak(),
+            "device_peak_bytes": self._device_peak,
+            "rss_bytes": now.rss,
+            "anonymous_bytes": now.anonymous,
+            "file_backed_bytes": now.file_backed,
+            "components": self.ledger.report(),
+        }
+
+    def sample_device(self) -> None:
+        """Keeps the highest device-wide figure seen; there is no high-water mark to ask for."""
+        delta = self.runtime.device_delta()
+        if delta is not None:
+            self._device_peak = max(self._device_peak or 0, delta)
+
+    def afford(self, nbytes: int, what: str) -> None:
+        """Raises OverBudget when ``nbytes`` on top of what is resident would pass the budget of a CPU run."""
+        if self.request.budget is None or self.engine.device != "cpu":
+            return
+        need = read_process().rss + nbytes
+        if need > self.request.budget:
+            raise OverBudget(
+                f"{what} would take {format_bytes(nbytes)}, {format_bytes(need)} in all",
+                expected=f"at most the budget of {format_bytes(self.request.budget)}",
+                hint="Ask for fewer positions at a time",
+            )
+
+    def checked(self, ids: Sequence[int] | np.ndarray, room: int) -> np.ndarray:
+        """ids as int64 [t], at least one, all in the vocabulary, no more than ``room``."""
+        found = np.asarray(ids)
+        if found.ndim != 1 or not len(found) or not np.issubdtype(found.dtype, np.integer):
+            raise Usage(f"shape {list(found.shape)}, {found.dtype}", field="ids", expected="one or more whole numbers")
+        if found.min() < 0 or found.max() >= self.model.vocab:
+            bad = int(found[(found < 0) | (found >= self.model.vocab)][0])
+            raise Usage(f"token {bad}", field="ids", expected=f"0 to {self.model.vocab - 1}")
+        if len(found) > room:
+            raise Usage(
+                f"{len(found)} tokens",
+                field="context",
+                expected=f"at most {room}",
+                hint="Raise --context or shorten the prompt",
+            )
+        return np.ascontiguousarray(found, np.int64)
+
+    def close(self) -> None:
+        """Releases memory, threads and descriptors."""
+        self.engine.close()
+        self.checkpoint.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    budget: str | int | None = None,
+    ram_budget: str | int | None = None,
+    device: str = "cpu",
+    engine: str = "auto",
+    precision: str = "auto",
+    slice: str = "auto",
+    context: int | None = None,
+    ple: str = "auto",
+    kv: str = "auto",
+    notify: Notify = quiet,
+) -> Session:
+    """Opens a checkpoint, plans for ``budget`` (bytes, or text as '2GB'; None is without limit) and loads the plan.
+
+    ``precision="float32", budget=None`` runs a checkpoint exactly. Raises the errors of :mod:`loaders.errors`; WontFit
+    before anything is loaded.
+    """
+    started = perf_counter()
+    request = Request(
+        budget=None if budget is None else parse_bytes(budget),
+        ram_budget=None if ram_budget is None else parse_bytes(ram_budget, "--ram-budget"),
+        slice=slice, precision=precision, ple=ple, kv=kv, context=context,
+    )  # fmt: skip
+    return open_session(Path(path), request, device, engine, notify=notify, started=started)
+
+
+def open_session(
+    path: Path, request: Request, device: str, engine: str, *, notify: Notify = quiet, started: float | None = None
+) -> Session:
+    """Checkpoint, tokenizer and libraries first, so that the floor the plan stands on is measured with them in it."""
+    checkpoint = Checkpoint.open(path)
+    has_tokenizer = (path / "tokenizer.json").exists()
+    tokenizer = Tokenizer.open(path) if has_tokenizer else None
+    if tokenizer is not None and tokenizer.vocab_size > checkpoint.model.vocab:
+        raise BadCheckpoint(
+            f"{tokenizer.vocab_size} tokens",
+            file=path / "tokenizer.json",
+            expected=f"at most vocab_size={checkpoint.model.vocab}, the rows of the token embedding",
+        )
+    runtime = engines.start(engine, device)
+    request = replace(request, device=runtime.device, engine=runtime.engine)
+    return Session(checkpoint, tokenizer, runtime, request, notify=notify, started=started)

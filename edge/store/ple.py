@@ -1,0 +1,173 @@
+"""Per-layer embeddings as a gather table: token ids in, raw rows out, from memory or from storage.
+
+Rows are the stored bits (uint16 or uint32) of the slice's columns, the same from every tier. Ids outside the table
+use row 0, the row of the padding token: image and audio placeholders have ids beyond it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from loaders.checkpoint import RAW, Checkpoint
+from loaders.formats.safetensors import Window
+from loaders.network.matformer import Part
+
+READERS = 8
+# Below this many rows a thread costs more than the read it would overlap.
+ROWS_PER_READER = 4
+
+
+@dataclass
+class Counters:
+    """``rows`` looked up, of which ``hits`` were in memory already; ``bytes_read`` from storage; seconds waited."""
+
+    rows: int = 0
+    hits: int = 0
+    bytes_read: int = 0
+    wait_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """1.0 before anything was looked up."""
+        return self.hits / self.rows if self.rows else 1.0
+
+
+class Table(Protocol):
+    """Where rows come from."""
+
+    tier: str
+    counters: Counters
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Raw rows [t, columns] for ids int64 [t]."""
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """These ids will be asked for next."""
+
+    def close(self) -> None:
+        """Ends any read under way."""
+
+
+def in_table(ids: np.ndarray, rows: int) -> np.ndarray:
+    """ids with everything outside [0, rows) replaced by 0."""
+    return np.where((ids >= 0) & (ids < rows), ids, 0)
+
+
+class MemoryTable:
+    """The whole window of the table in memory: ``raw`` [rows, columns]."""
+
+    tier = "ram"
+
+    def __init__(self, raw: np.ndarray) -> None:
+        self.raw, self.counters = raw, Counters()
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        self.counters.rows += len(ids)
+        self.counters.hits += len(ids)
+        return self.raw[in_table(ids, self.raw.shape[0])]
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """Nothing to fetch."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class StreamedTable:
+    """Rows read by offset when they are needed, through a cache of at most ``cache_bytes``.
+
+    A batch is deduplicated and read by several threads; the row of the next token is fetched while the token before
+    it is still being dealt with. Every read is checked for its length by the shard reader.
+    """
+
+    tier = "ssd"
+
+    def __init__(self, checkpoint: Checkpoint, part: Part, cache_bytes: int) -> None:
+        self.shards, self.tensor = checkpoint.shards, checkpoint.where[part.name]
+        assert part.window.cols is not None
+        self.cols, self.count = part.window.cols, self.tensor.shape[0]
+        self.width, dtype = part.window.shape[1], RAW[self.tensor.dtype]
+        self.row_bytes = self.width * self.tensor.itemsize
+        self.cache = np.empty((max(1, cache_bytes // self.row_bytes), self.width), dtype)
+        self.slots: OrderedDict[int, int] = OrderedDict()
+        self.counters = Counters()
+        self.pool = ThreadPoolExecutor(READERS, thread_name_prefix="edge-ple")
+        self.pending: tuple[tuple[int, ...], Future[np.ndarray]] | None = None
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        ids = in_table(ids, self.count)
+        self.settle()
+        unique, inverse = np.unique(ids, return_inverse=True)
+        found = np.empty((len(unique), self.width), self.cache.dtype)
+        missing = []
+        for i, row in enumerate(unique.tolist()):
+            slot = self.slots.get(row)
+            if slot is None:
+                missing.append(i)
+            else:
+                self.slots.move_to_end(row)
+                found[i] = self.cache[slot]
+        self.counters.rows += len(ids)
+        self.counters.hits += len(ids) - len(missing)
+        if missing:
+            wanted = unique[missing]
+            start = perf_counter()
+            fresh = self.read(wanted)
+            self.counters.wait_s += perf_counter() - start
+            found[missing] = fresh
+            self.keep(wanted, fresh)
+        return found[inverse]
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        wanted = tuple(row for row in in_table(np.asarray(ids, np.int64), self.count).tolist() if row not in self.slots)
+        if wanted and self.pending is None:
+            self.pending = (wanted, self.pool.submit(self.read_some, np.asarray(wanted)))
+
+    def settle(self) -> None:
+        """Takes in what was prefetched; an error of that read is raised here, by the token that needed it."""
+        if self.pending is None:
+            return
+        (wanted, future), self.pending = self.pending, None
+        start = perf_counter()
+        rows = future.result()
+        self.counters.wait_s += perf_counter() - start
+        self.counters.bytes_read += rows.nbytes
+        self.keep(np.asarray(wanted), rows)
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of distinct ids, ascending; by several threads when there are many."""
+        readers = min(READERS, len(ids) // ROWS_PER_READER)
+        if readers < 2:
+            rows = self.read_some(ids)
+        else:
+            rows = np.concatenate(list(self.pool.map(self.read_some, np.array_split(ids, readers))))
+        self.counters.bytes_read += rows.nbytes
+        return rows
+
+    def read_some(self, ids: np.ndarray) -> np.ndarray:
+        """One thread's share: one read per row and run of columns, nothing in between."""
+        out = np.empty((len(ids), self.width), self.cache.dtype)
+        rows = Window.of(((i, i + 1) for i in ids.tolist()), self.cols)
+        self.shards.read_window(self.tensor, rows, out)
+        return out
+
+    def keep(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        """The most recent rows stay, as many as the cache has room for."""
+        room = self.cache.shape[0]
+        for row, data in zip(ids[-room:].tolist(), rows[-room:], strict=True):
+            slot = self.slots.pop(row, None)
+            if slot is None:
+                slot = len(self.slots) if len(self.slots) < room else self.slots.popitem(last=False)[1]
+            self.cache[slot] = data
+            self.slots[row] = slot
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pending = None

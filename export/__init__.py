@@ -1,0 +1,1 @@
+"""How a model is written down for other runtimes. Imports loaders, never edge."""

@@ -1,0 +1,191 @@
+"""A Hugging Face checkpoint folder, validated: config to spec, tensors to canonical names, nothing left over.
+
+Opening reads headers only. A weight is read later, window by window, straight into the caller's buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.errors import BadCheckpoint, MissingFile, Unsupported
+from loaders.families import Family, family_of
+from loaders.formats.config import Config, read_json
+from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.network.spec import Model
+from loaders.network.tensors import tensors
+
+FLOATS = ("BF16", "F16", "F32")
+RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+HEAD_ROWS = 64
+
+
+@dataclass
+class Checkpoint:
+    """``where`` maps canonical names to tensors in the shards; ``skipped_bytes`` belong to vision and audio."""
+
+    folder: Path
+    raw_config: dict[str, Any]
+    family: Family
+    model: Model
+    shards: Shards
+    where: dict[str, Tensor]
+    ignored: tuple[str, ...]
+    skipped_bytes: int
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Reads and checks config.json and every shard's header.
+
+        Raises MissingFile, BadCheckpoint or Unsupported, naming the file and the key or tensor.
+        """
+        folder = Path(folder)
+        path = folder / "config.json"
+        if not folder.is_dir():
+            raise MissingFile("no such folder", file=folder, expected="a checkpoint folder with config.json")
+        raw = read_json(path)
+        config = Config(raw, str(path))
+        family = family_of(config.raw("model_type"), str(path))
+        model = family.parse(config)
+        config.finish()
+        shards = Shards.open(folder)
+        where, ignored, skipped = match(family, model, shards, path)
+        checkpoint = cls(folder, raw, family, model, shards, where, ignored, skipped)
+        if model.tied:
+            checkpoint.refuse_other_head()
+        return checkpoint
+
+    @property
+    def dtype(self) -> str:
+        """The storage type that most of the weights have."""
+        sizes: dict[str, int] = {}
+        for tensor in self.where.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return max(sizes, key=sizes.__getitem__)
+
+    def read_raw(self, name: str, window: Window | None = None) -> np.ndarray:
+        """The stored bits of a window of a tensor, as uint16 or uint32 of the window's shape."""
+        tensor = self.where[name]
+        window = window or Window.full(tensor.shape)
+        out = np.empty(window.shape, RAW[tensor.dtype])
+        self.shards.read_window(tensor, window, out)
+        return out
+
+    def refuse_other_head(self) -> None:
+        """A tied model may carry a copy of its embedding as head; a different one would be ignored in silence."""
+        name = next((n for n in self.ignored if n.endswith("lm_head.weight")), None)
+        if name is None:
+            return
+        head, embed = self.shards.tensors[name], self.where["embed"]
+        same = head.shape == embed.shape and head.dtype == embed.dtype
+        if same:
+            rows = min(HEAD_ROWS, head.shape[0])
+            sample = Window.of(((0, rows),), ((0, head.shape[1]),))
+            a, b = (np.empty(sample.shape, RAW[head.dtype]) for _ in range(2))
+            self.shards.read_window(head, sample, a)
+            self.shards.read_window(embed, sample, b)
+            same = bool(np.array_equal(a, b))
+        if not same:
+            raise BadCheckpoint(
+                "differs from the token embedding", file=head.shard, field=name, expected="a copy: the config ties them"
+            )
+
+    def close(self) -> None:
+        """Closes the shards' descriptors."""
+        self.shards.close()
+
+
+def file_name(family: Family, canonical: str) -> str:
+    """The name in the file, without prefix, of a canonical tensor name."""
+    if not canonical.startswith("layers."):
+        return family.names[canonical]
+    _, layer, rest = canonical.split(".", 2)
+    return family.names["layers.{}." + rest].format(layer)
+
+
+def prefix_of(names: Iterable[str], embed: str, file: str | Path) -> str:
+    """What stands before every text tensor, found by the token embedding: uploads differ in it."""
+    found = [name.removesuffix(embed) for name in names if name == embed or name.endswith("." + embed)]
+    if len(found) != 1:
+        raise BadCheckpoint(
+            "no token embedding" if not found else f"{len(found)} token embeddings",
+            file=file,
+            field=embed,
+            expected="exactly one tensor of that name, under any prefix",
+        )
+    return found[0]
+
+
+def match(family: Family, model: Model, shards: Shards, config: Path) -> tuple[dict[str, Tensor], tuple[str, ...], int]:
+    """Every tensor of the spec found once, with its shape; every other tensor explained, or refused by name."""
+    prefix = prefix_of(shards.tensors, family.names["embed"], shards.folder)
+    where: dict[str, Tensor] = {}
+    for canonical, shape in tensors(model).items():
+        name = find(shards, prefix, file_name(family, canonical))
+        if name is None:
+            raise BadCheckpoint(
+                "no such tensor",
+                file=shards.folder,
+                field=prefix + file_name(family, canonical),
+                expected=describe(config, model, canonical, shape),
+            )
+        where[canonical] = check(shards.tensors[name], shape)
+    used = {tensor.name for tensor in where.values()}
+    rest = [name for name in shards.tensors if name not in used]
+    skipped = [name for name in rest if any(fnmatchcase(name, p) for p in family.text_only)]
+    ignored = tuple(name for name in rest if name not in set(skipped) and explained(family, model, name))
+    left = sorted(set(rest) - set(skipped) - set(ignored))
+    if left:
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        raise BadCheckpoint(
+            "tensors that the config has no place for: " + ", ".join(left[:10]) + more,
+            file=shards.folder,
+            expected=f"those of {len(model.layers)} layers",
+            hint="A config that says less than the file holds would run, slightly wrong",
+        )
+    return where, ignored, sum(shards.tensors[name].nbytes for name in skipped)
+
+
+def find(shards: Shards, prefix: str, name: str) -> str | None:
+    """The full name of a tensor; a head may stand outside the prefix."""
+    for candidate in (prefix + name, name, prefix.removesuffix("model.") + name):
+        if candidate in shards.tensors:
+            return candidate
+    return None
+
+
+def explained(family: Family, model: Model, name: str) -> bool:
+    """Whether a tensor that was not asked for is one this family is known to carry in vain."""
+    if model.tied and name.endswith("lm_head.weight"):
+        return True
+    if any(fnmatchcase(name, p) for p in family.ignore):
+        number = name.partition("layers.")[2].partition(".")[0]
+        return not number.isdecimal() or int(number) < len(model.layers)
+    return False
+
+
+def check(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Shape and type as the spec wants them."""
+    if tensor.shape != shape:
+        raise BadCheckpoint(
+            f"shape {list(tensor.shape)}",
+            file=tensor.shard,
+            field=tensor.name,
+            expected=f"{list(shape)} by config.json",
+        )
+    if tensor.dtype not in FLOATS:
+        kind = Unsupported if tensor.dtype.startswith("F") else BadCheckpoint
+        raise kind(tensor.dtype, file=tensor.shard, field=tensor.name, expected="one of " + ", ".join(FLOATS))
+    return tensor
+
+
+def describe(config: Path, model: Model, canonical: str, shape: tuple[int, ...]) -> str:
+    """What a missing tensor should have been, and which number asked for it."""
+    layers = f"; {config.name} says num_hidden_layers={len(model.layers)}" if canonical.startswith("layers.") else ""
+    return f"shape {list(shape)}, {math.prod(shape):,} values{layers}"

@@ -1,0 +1,212 @@
+"""Gemma 3n text (``gemma3n_text``, and the text part of ``gemma3n``)."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+from loaders.errors import BadCheckpoint
+from loaders.families import Family
+from loaders.families.common import ATTENTION_NAMES, QK_NORM_NAMES, common, count, eps, head_dim, heads, rope_of, vocab
+from loaders.families.gemma3n_slices import nested, slices
+from loaders.formats.config import Config
+from loaders.network.matformer import Slice
+from loaders.network.spec import PLE, AltUp, Attention, Gated, Laurel, Layer, Model, Norm, Rope
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+SANDWICH: tuple[Norm, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_out")
+
+NAMES = {
+    **ATTENTION_NAMES,
+    **QK_NORM_NAMES,
+    "ple.table": "embed_tokens_per_layer.weight",
+    "ple.proj": "per_layer_model_projection.weight",
+    "ple.norm": "per_layer_projection_norm.weight",
+    **{f"altup.expand.{k}": f"altup_projections.{k - 1}.weight" for k in range(1, 16)},
+    **{f"altup.merge.{k}": f"altup_unembed_projections.{k - 1}.weight" for k in range(1, 16)},
+    "layers.{}.norm.attn_out": "layers.{}.post_attention_layernorm.weight",
+    "layers.{}.norm.ffn_in": "layers.{}.pre_feedforward_layernorm.weight",
+    "layers.{}.norm.ffn_out": "layers.{}.post_feedforward_layernorm.weight",
+    "layers.{}.laurel.left": "layers.{}.laurel.linear_left.weight",
+    "layers.{}.laurel.right": "layers.{}.laurel.linear_right.weight",
+    "layers.{}.laurel.norm": "layers.{}.laurel.post_laurel_norm.weight",
+    "layers.{}.altup.router": "layers.{}.altup.modality_router.weight",
+    "layers.{}.altup.norm": "layers.{}.altup.router_norm.weight",
+    "layers.{}.altup.predict": "layers.{}.altup.prediction_coefs.weight",
+    "layers.{}.altup.correct": "layers.{}.altup.correction_coefs.weight",
+    "layers.{}.altup.scale": "layers.{}.altup.correct_output_scale",
+    "layers.{}.ple.gate": "layers.{}.per_layer_input_gate.weight",
+    "layers.{}.ple.proj": "layers.{}.per_layer_projection.weight",
+    "layers.{}.ple.norm": "layers.{}.post_per_layer_input_norm.weight",
+}
+
+# Only matched for tensors no layer asked for: layers that own keys and values consume theirs.
+UNSHARED = "a layer that shares keys and values has no use for its own"
+IGNORE = {f"*layers.*.self_attn.{name}.weight": UNSHARED for name in ("k_proj", "v_proj", "k_norm")}
+
+TEXT_ONLY = ("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*")
+
+
+def parse(config: Config) -> Model:
+    """The text model; a multimodal config is entered at ``text_config`` and the rest of it left alone."""
+    text = config
+    if config.str("model_type") == "gemma3n":
+        common(config)
+        config.ignore("vision_config", "audio_config", "*_token_id", "*_soft_tokens_*", "tie_word_embeddings")
+        sub = config.sub("text_config")
+        assert sub is not None
+        text = sub
+        text.expect("model_type", "gemma3n_text")
+    common(text)
+    text.ignore("query_pre_attn_scalar", "altup_coef_clip")  # the scale is 1; clipping happens in training only
+    text.expect("hidden_activation", "gelu_pytorch_tanh")
+    layers = parse_layers(text)
+    dim = text.int("hidden_size", default=2048, high=1 << 20)
+    streams = text.int("altup_num_inputs", default=4, low=2, high=16)
+    softcap = text.float("final_logit_softcapping", default=30.0, low=0.0) if softcapped(text) else None
+    # The published file pads the vocabulary past the table: ids beyond it look up row 0.
+    ple = PLE(
+        rows=text.int("vocab_size_per_layer_input", default=262_144, high=1 << 24),
+        dim=text.int("hidden_size_per_layer_input", default=256, high=1 << 14),
+    )
+    return Model(
+        family="gemma3n",
+        vocab=vocab(text),
+        dim=dim,
+        layers=layers,
+        eps=eps(text),
+        tied=text.bool("tie_word_embeddings", default=True),
+        context=text.int("max_position_embeddings", default=32_768),
+        embed_scale=sqrt(dim),
+        softcap=softcap,
+        ple=ple,
+        altup=AltUp(
+            streams,
+            text.int("altup_active_idx", default=0, low=0, high=streams - 1),
+            text.bool("altup_correct_scale", default=True),
+        ),
+        laurel=Laurel(text.int("laurel_rank", default=64, high=1 << 16)),
+        nested=nested(dim, layers),
+    )
+
+
+def softcapped(text: Config) -> bool:
+    """An explicit null switches the soft cap off, and Config reads null as absent."""
+    return text.raw("final_logit_softcapping") is not None or "final_logit_softcapping" not in text.data
+
+
+def parse_layers(text: Config) -> tuple[Layer, ...]:
+    """Every per-layer list, turned into one record per layer."""
+    layers, context = count(text), text.int("max_position_embeddings", default=32_768)
+    q, kv = heads(text)
+    head = head_dim(text, q, q, default=256)
+    kinds = text.strings(
+        "layer_types",
+        length=layers,
+        default=tuple(FULL if (i + 1) % 5 == 0 else SLIDING for i in range(layers)),
+        choices=(SLIDING, FULL),
+    )
+    widths = per_layer(text, "intermediate_size", layers)
+    sparsity = sparsities(text, layers)
+    sources = kv_sources(text, kinds)
+    rotations = ropes(text, head, context)
+    window = text.int("sliding_window", default=512)
+
+    def attention(i: int) -> Attention:
+        return Attention(
+            heads=q,
+            kv_heads=kv,
+            head_dim=head,
+            scale=1.0,
+            rope=rotations[kinds[i]],
+            window=window if kinds[i] == SLIDING else None,
+            qk_norm=True,
+            v_norm=True,
+            kv_from=sources[i],
+        )
+
+    return tuple(Layer(attention(i), Gated(widths[i], "gelu_tanh", sparsity[i]), SANDWICH) for i in range(layers))
+
+
+def per_layer(text: Config, key: str, layers: int) -> tuple[int, ...]:
+    """A scalar for all layers, or a list with one value for each."""
+    if isinstance(text.raw(key), list):
+        return text.ints(key, length=layers, high=1 << 20)
+    return (text.int(key, high=1 << 20),) * layers
+
+
+def sparsities(text: Config, layers: int) -> tuple[float, ...]:
+    """The share of gate values cut in each layer. An explicit null means the published pattern, not none."""
+    value = text.raw("activation_sparsity_pattern")
+    if value is None:
+        sparse = 10 if layers > 10 else 0
+        return (0.95,) * sparse + (0.0,) * (layers - sparse)
+    if isinstance(value, list):
+        pattern = text.floats("activation_sparsity_pattern", length=layers)
+    else:
+        pattern = (text.float("activation_sparsity_pattern"),) * layers
+    for share in pattern:
+        if not 0.0 <= share < 1.0:
+            raise BadCheckpoint(share, file=text.file, field="activation_sparsity_pattern", expected="0 <= share < 1")
+    return pattern
+
+
+def kv_sources(text: Config, kinds: tuple[str, ...]) -> list[int | None]:
+    """For each layer the one whose keys and values it reads: the last of its own kind before sharing begins."""
+    shared = text.int("num_kv_shared_layers", default=15, low=0)
+    first = len(kinds) - shared
+    if first < 1:
+        raise BadCheckpoint(
+            shared, file=text.file, field="num_kv_shared_layers", expected=f"less than num_hidden_layers={len(kinds)}"
+        )
+    last = {kind: i for i, kind in enumerate(kinds[:first])}
+    for i in range(first, len(kinds)):
+        if kinds[i] not in last:
+            raise BadCheckpoint(
+                f"layer {i} shares keys of kind {kinds[i]!r}",
+                file=text.file,
+                field="num_kv_shared_layers",
+                expected=f"a layer of that kind before layer {first}",
+            )
+    return [None if i < first else last[kind] for i, kind in enumerate(kinds)]
+
+
+def ropes(text: Config, head: int, context: int) -> dict[str, Rope]:
+    """Two bases: short for sliding layers, long for full ones; in the new spelling or the old."""
+    if text.has("rope_parameters"):
+        both = text.sub("rope_parameters")
+        assert both is not None
+        text.ignore("rope_theta", "rope_local_base_freq", "rope_scaling")
+        found = {}
+        for kind, theta in ((SLIDING, 10_000.0), (FULL, 1_000_000.0)):
+            sub = both.sub(kind, default=None)
+            found[kind] = Rope(theta, head) if sub is None else rope_of(sub, head, context, theta)
+        return found
+    theta = text.float("rope_theta", default=1_000_000.0, low=0.0)
+    scaling = text.sub("rope_scaling", default=None)
+    return {
+        SLIDING: Rope(text.float("rope_local_base_freq", default=10_000.0, low=0.0), head),
+        FULL: Rope(theta, head) if scaling is None else rope_of(scaling, head, context, theta),
+    }
+
+
+def sliced_config(raw: dict[str, Any], model: Model, part: Slice) -> dict[str, Any]:
+    """The ``config.json`` of a slice, as a text-only model: every per-layer list filtered by the kept layers."""
+    text = dict(raw.get("text_config", raw))
+    for key in ("dtype", "torch_dtype"):
+        if key in raw:
+            text.setdefault(key, raw[key])
+    layers = [model.layers[i] for i in part.keep]
+    text.update(
+        architectures=["Gemma3nForCausalLM"],
+        model_type="gemma3n_text",
+        num_hidden_layers=len(layers),
+        intermediate_size=list(part.widths),
+        layer_types=[FULL if layer.attention.window is None else SLIDING for layer in layers],
+        activation_sparsity_pattern=[layer.ffn.sparsity for layer in layers],
+        num_kv_shared_layers=sum(layer.attention.kv_from is not None for layer in layers),
+    )
+    return text
+
+
+FAMILY = Family("Gemma 3n text", ("gemma3n", "gemma3n_text"), parse, NAMES, IGNORE, TEXT_ONLY, slices, sliced_config)

@@ -1,0 +1,103 @@
+"""MatFormer slices: a smaller model out of a larger one, as windows into its tensors (arXiv 2310.07707).
+
+A slice keeps some layers whole in order and, in each, the first ``width`` hidden units of the FFN: the first rows of
+gate and up, the first columns of down. Per-layer embeddings lose the blocks of the layers that were dropped. All else
+is untouched, so a slice costs no copy: it is a list of row and column ranges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loaders.errors import Usage
+from loaders.formats.safetensors import Window
+from loaders.network.spec import Layer, Model
+from loaders.network.tensors import PLE_TABLE, Shape, tensors
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``keep``: source layers kept, ascending. ``widths``: the FFN width of each kept layer."""
+
+    name: str
+    keep: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    def describe(self) -> str:
+        """One phrase for people: how many layers, which widths."""
+        runs: list[list[int]] = []
+        for width in self.widths:
+            if runs and runs[-1][0] == width:
+                runs[-1][1] += 1
+            else:
+                runs.append([width, 1])
+        return f"{len(self.keep)} layers, FFN " + ", ".join(f"{w}x{n}" for w, n in runs)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the slice lies in the full model: the tensor's name there, and the window of it."""
+
+    name: str
+    window: Window
+
+
+def full(model: Model) -> Slice:
+    """The slice that is the whole model."""
+    return Slice("full", tuple(range(len(model.layers))), tuple(layer.ffn.width for layer in model.layers))
+
+
+def sliced(model: Model, part: Slice) -> Model:
+    """The smaller model. Raises Usage when ``part`` does not fit ``model`` or drops a layer others read keys from."""
+    validate(model, part)
+    place = {source: i for i, source in enumerate(part.keep)}
+    layers = []
+    for source, width in zip(part.keep, part.widths, strict=True):
+        layer = model.layers[source]
+        kv_from = layer.attention.kv_from
+        attention = layer.attention if kv_from is None else replace(layer.attention, kv_from=place[kv_from])
+        layers.append(Layer(attention, replace(layer.ffn, width=width), layer.norms))
+    return replace(model, layers=tuple(layers))
+
+
+def validate(model: Model, part: Slice) -> None:
+    """Raises Usage for a slice that cannot be cut from ``model``."""
+    count = len(model.layers)
+    if model.nested is None and part != replace(full(model), name=part.name):
+        raise Usage(f"{model.family} models are not MatFormers and have no slices", field="--slice", expected="full")
+    if not part.keep or len(part.widths) != len(part.keep):
+        raise Usage(f"{len(part.widths)} widths", field="--slice", expected=f"one for each of {len(part.keep)} layers")
+    if list(part.keep) != sorted(set(part.keep)) or part.keep[0] < 0 or part.keep[-1] >= count:
+        raise Usage(f"layers {list(part.keep)}", field="--slice", expected=f"ascending, from 0 to {count - 1}")
+    for source, width in zip(part.keep, part.widths, strict=True):
+        most = model.layers[source].ffn.width
+        if not 1 <= width <= most:
+            raise Usage(f"width {width} in layer {source}", field="--slice", expected=f"1 to {most}")
+        kv_from = model.layers[source].attention.kv_from
+        if kv_from is not None and kv_from not in part.keep:
+            raise Usage(
+                f"layer {kv_from} is dropped",
+                field="--slice",
+                expected=f"kept: layer {source} reads its keys and values",
+            )
+
+
+def parts(model: Model, part: Slice) -> dict[str, Part]:
+    """Canonical name in the slice -> where it lies in the full model."""
+    small, whole = tensors(sliced(model, part)), tensors(model)
+    return {name: _part(model, part, name, shape, whole) for name, shape in small.items()}
+
+
+def _part(model: Model, part: Slice, name: str, shape: Shape, whole: dict[str, Shape]) -> Part:
+    source = name
+    if name.startswith("layers."):
+        _, layer, rest = name.split(".", 2)
+        source = f"layers.{part.keep[int(layer)]}.{rest}"
+    target = whole[source]
+    if name in (PLE_TABLE, "ple.proj") and model.ple is not None:
+        blocks = tuple((i * model.ple.dim, (i + 1) * model.ple.dim) for i in part.keep)
+        everything = ((0, target[0 if name == PLE_TABLE else 1]),)
+        return Part(source, Window.of(everything, blocks) if name == PLE_TABLE else Window.of(blocks, everything))
+    if shape == target:
+        return Part(source, Window.full(target))
+    return Part(source, Window.of(((0, shape[0]),), ((0, shape[1]),)))
