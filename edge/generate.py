@@ -98,9 +98,10 @@ def generate(
     timing: Timing,
     cancelled: Callable[[], bool],
 ) -> Iterator[Event]:
-    """Feeds ``prompt``, the end of ``history`` that is not in the cache yet, and yields one event per new token; the last has no token, and says why it ended.
+    """Feeds ``prompt``, the end of ``history`` that is not in the cache yet, and yields one event per new token.
 
-    The row of a sampled token is fetched while its text is on the way to the user.
+    The last event has no token, and says why it ended. The row of a sampled token is fetched while its text is on
+    the way to the user.
     """
     recent, produced = list(history), 0
     start = perf_counter()

@@ -106,7 +106,9 @@ class Session:
         starts = range(0, len(found), self.engine.chunk)
         out = np.empty((0, 0), np.float32)
         for start in starts:
-            part = found[start : start + self.engine.chunk]
+            part, following = found[start : start + self.engine.chunk], found[start + self.engine.chunk :]
+            if len(following):
+                self.engine.prefetch(following[: self.engine.chunk].tolist())
             out = self.engine.forward(part, "last" if start == starts[-1] else "none")
             self.tokens.extend(part.tolist())
             if len(starts) > 1:
@@ -118,7 +120,7 @@ class Session:
 
     def prefetch(self, token: int) -> None:
         """The next token is known: its row may be fetched."""
-        self.engine.prefetch(token)
+        self.engine.prefetch([token])
 
     def reset(self) -> None:
         """Empties the cache."""

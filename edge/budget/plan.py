@@ -22,7 +22,8 @@ from loaders.slices import candidates, resolve
 PRECISIONS = ("float32", "bf16")
 TIERS = ("device", "ram", "ssd")
 CONTEXTS = (4096, 2048, 1024, 512)
-CHUNKS = (256, 64, 16)
+# A GPU wants long chunks; on a CPU they would only cost memory.
+CHUNKS = {"cpu": (256, 64, 16), "cuda": (1024, 256, 64, 16), "mps": (256, 64, 16)}
 DEFAULT_CONTEXT = CONTEXTS[0]
 
 
@@ -129,7 +130,7 @@ def enumerate_plans(checkpoint: Checkpoint, request: Request, floor: Floor) -> l
             small = sliced(model, named.slice)
             for precision in wanted_precisions(checkpoint, request.precision):
                 for tier in wanted_tiers(checkpoint, request):
-                    for chunk in CHUNKS:
+                    for chunk in CHUNKS[request.device]:
                         kv = precision if request.kv == "auto" else request.kv
                         priced = components(
                             checkpoint, named.slice, small,

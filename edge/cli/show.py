@@ -140,6 +140,6 @@ def statistics(session: Session, timing: Timing) -> list[tuple[str, str]]:
         lines.append(("host memory", f"{format_bytes(peak)} peak, {format_bytes(plan.host_total_bytes)} planned"))
     if ple is not None:
         read = f"{format_bytes(ple.bytes_read)} read from storage" if plan.ple == "ssd" else "none read from storage"
-        waited = f", {ple.hit_rate:.0%} found in memory, {ple.wait_s * 1000:.0f} ms waited" if plan.ple == "ssd" else ""
+        waited = f", {ple.hit_rate:.0%} of them cached, {ple.wait_s * 1000:.0f} ms waited" if plan.ple == "ssd" else ""
         lines.append(("PLE", f"{ple.rows} rows {WHERE[plan.ple]}, {read}{waited}"))
     return lines

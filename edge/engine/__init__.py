@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from edge.budget.memory import Ledger, bound_malloc, read_process
@@ -57,12 +58,18 @@ def start(engine: str, device: str) -> Runtime:
             f"the {engine} engine is not part of this version", field="--engine", expected="auto or torch"
         )
     bound_malloc()
-    before = device_used()
+    before = device_before()
     from edge.engine.torch_start import pick_device, warm_up
 
     picked = pick_device(device)
     warm_up(picked)
     return Runtime("torch", picked.type, picked, before if picked.type == "cuda" else None)
+
+
+@cache
+def device_before() -> int | None:
+    """Bytes in use on the GPU before this process had a context there: asked once, before the first engine starts."""
+    return device_used()
 
 
 def load(

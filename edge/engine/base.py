@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,8 +27,8 @@ class Engine(Protocol):
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits [t, vocab] of every position of ids [t], in a cache of their own."""
 
-    def prefetch(self, token: int) -> None:
-        """The next token is known: whatever can be fetched for it may start now."""
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """These tokens come next: whatever can be fetched for them may start now."""
 
     def reset(self) -> None:
         """Empties the cache."""

@@ -18,14 +18,15 @@ from loaders.network.spec import Model
 class Keys:
     """Keys and values [kv_heads, n, head_dim] a pass may attend to, until the pass ends.
 
-    ``first`` is the position of the first key when they are in order. None means a ring in no particular order, every
-    entry of which is visible to the one query there is.
+    ``first`` is the position of the first key when they are in order. None means slots in no particular order, for
+    the one query there is: all visible to it, or those that ``mask`` [1, n] marks.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     first: int | None
     end: int
+    mask: torch.Tensor | None = None
 
 
 class KVCache:

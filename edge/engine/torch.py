@@ -1,15 +1,21 @@
-"""The torch engine: the reference on CPU, and the engine for GPUs. Runs the network's one definition eagerly."""
+"""The torch engine: the reference on CPU, and the engine for GPUs.
+
+Computes the network's one definition eagerly; on CUDA a decoded token replays a recorded graph of it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from edge.engine.kv import KVCache
+from edge.engine.static import StaticStep, bucket
 from edge.engine.torch_ops import TorchOps
 from edge.engine.torch_ple import Rows
 from loaders.network import decoder_of
-from loaders.network.ops import Want
+from loaders.network.ops import Cache, Want
 from loaders.network.spec import Model
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -37,6 +43,9 @@ class TorchEngine:
         self.ops = TorchOps(device)
         self.decoder = decoder_of(model)
         self.cache = KVCache(model, context, self.kv, device)
+        # Eager launches would cost a GPU several times the work itself; a CPU has nothing to gain.
+        self.graphs = device.type == "cuda"
+        self.steps: dict[int, StaticStep] = {}
 
     @property
     def position(self) -> int:
@@ -60,13 +69,34 @@ class TorchEngine:
     def run(self, ids: np.ndarray, cache: KVCache, want: Want) -> np.ndarray:
         """One pass over ids [t], t at most a chunk."""
         cache.begin(len(ids))
-        self.ops.begin()
-        tokens = torch.from_numpy(ids).to(self.torch_device)
-        out = self.decoder(self.ops, self.model, self.weights.__getitem__, tokens, self.ple(ids), cache, want=want)
+        tokens, ple = torch.from_numpy(ids).to(self.torch_device), self.ple(ids)
+        if self.graphs and cache is self.cache and len(ids) == 1 and want != "none":
+            out = self.decode(tokens, ple)
+        else:
+            out = self.network(tokens, ple, cache, want)
         cache.end()
         if out is None:
             return np.empty((0, self.model.vocab), np.float32)
         return out.cpu().numpy()
+
+    def network(
+        self, tokens: torch.Tensor, ple: torch.Tensor | None, cache: Cache, want: Want = "last"
+    ) -> torch.Tensor | None:
+        """The decoder, operator by operator."""
+        self.ops.begin()
+        out: torch.Tensor | None = self.decoder(
+            self.ops, self.model, self.weights.__getitem__, tokens, ple, cache, want=want
+        )
+        return out
+
+    def decode(self, token: torch.Tensor, ple: torch.Tensor | None) -> torch.Tensor:
+        """One token through a recorded step."""
+        limit = bucket(self.cache.start, self.cache.context)
+        if limit not in self.steps:
+            self.steps[limit] = StaticStep(self.cache, limit, ple)
+        step = self.steps[limit]
+        step.set(token, self.cache.start, ple)
+        return step.run(self.network)
 
     def ple(self, ids: np.ndarray) -> torch.Tensor | None:
         """Raw rows [t, layers, dim] in float32, for models that have them."""
@@ -74,10 +104,10 @@ class TorchEngine:
             return None
         return self.rows.gather(ids).float().view(len(ids), len(self.model.layers), self.model.ple.dim)
 
-    def prefetch(self, token: int) -> None:
-        """Starts the read of a token's row as soon as the token is known."""
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """Starts the read of the next tokens' rows as soon as they are known."""
         if self.rows is not None:
-            self.rows.prefetch([token])
+            self.rows.prefetch(ids)
 
     def reset(self) -> None:
         """Empties the cache."""
@@ -87,4 +117,4 @@ class TorchEngine:
         """Releases memory, threads and descriptors."""
         if self.rows is not None:
             self.rows.close()
-        self.weights = {}
+        self.weights, self.steps = {}, {}

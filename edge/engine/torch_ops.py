@@ -92,7 +92,7 @@ class TorchOps:
         tokens, heads, dim = q.shape
         grouped = q.view(tokens, kv.k.shape[0], heads // kv.k.shape[0], dim).to(kv.k.dtype)
         if kv.first is None:
-            return attend(grouped, kv.k, kv.v, None, scale)
+            return attend(grouped, kv.k, kv.v, kv.mask, scale)
         origin, out = kv.end - tokens, []
         step = max(1, MASK_BYTES // (4 * kv.k.shape[1] * grouped.shape[2]))
         for start in range(0, tokens, step):

@@ -26,7 +26,10 @@ ROWS_PER_READER = 4
 
 @dataclass
 class Counters:
-    """``rows`` looked up, of which ``hits`` were in memory already; ``bytes_read`` from storage; seconds waited."""
+    """``rows`` looked up, of which ``hits`` cost no read; ``bytes_read`` from storage; seconds waited for reads.
+
+    A row that was read ahead is not a hit, however early it came.
+    """
 
     rows: int = 0
     hits: int = 0
@@ -97,8 +100,11 @@ class StreamedTable:
         self.row_bytes = self.width * self.tensor.itemsize
         self.cache = np.empty((max(1, cache_bytes // self.row_bytes), self.width), dtype)
         self.slots: OrderedDict[int, int] = OrderedDict()
+        self.arrived: set[int] = set()
         self.counters = Counters()
         self.pool = ThreadPoolExecutor(READERS, thread_name_prefix="edge-ple")
+        # Its one thread waits for the pool's, so it must not be one of them.
+        self.ahead = ThreadPoolExecutor(1, thread_name_prefix="edge-ple-ahead")
         self.pending: tuple[tuple[int, ...], Future[np.ndarray]] | None = None
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
@@ -106,7 +112,7 @@ class StreamedTable:
         self.settle()
         unique, inverse = np.unique(ids, return_inverse=True)
         found = np.empty((len(unique), self.width), self.cache.dtype)
-        missing = []
+        missing, ahead = [], 0
         for i, row in enumerate(unique.tolist()):
             slot = self.slots.get(row)
             if slot is None:
@@ -114,21 +120,26 @@ class StreamedTable:
             else:
                 self.slots.move_to_end(row)
                 found[i] = self.cache[slot]
+                ahead += row in self.arrived
         self.counters.rows += len(ids)
-        self.counters.hits += len(ids) - len(missing)
+        self.counters.hits += len(ids) - len(missing) - ahead
+        self.arrived.clear()
         if missing:
             wanted = unique[missing]
             start = perf_counter()
-            fresh = self.read(wanted)
+            fresh = self.read_parallel(wanted)
             self.counters.wait_s += perf_counter() - start
+            self.counters.bytes_read += fresh.nbytes
             found[missing] = fresh
             self.keep(wanted, fresh)
         return found[inverse]
 
     def prefetch(self, ids: Sequence[int]) -> None:
-        wanted = tuple(row for row in in_table(np.asarray(ids, np.int64), self.count).tolist() if row not in self.slots)
-        if wanted and self.pending is None:
-            self.pending = (wanted, self.pool.submit(self.read_some, np.asarray(wanted)))
+        distinct = np.unique(in_table(np.asarray(ids, np.int64), self.count)).tolist()
+        wanted = tuple(row for row in distinct if row not in self.slots)
+        # Rows the cache could not hold until they are asked for would be read twice.
+        if wanted and self.pending is None and len(wanted) <= self.cache.shape[0]:
+            self.pending = (wanted, self.ahead.submit(self.read_parallel, np.asarray(wanted)))
 
     def settle(self) -> None:
         """Takes in what was prefetched; an error of that read is raised here, by the token that needed it."""
@@ -139,17 +150,15 @@ class StreamedTable:
         rows = future.result()
         self.counters.wait_s += perf_counter() - start
         self.counters.bytes_read += rows.nbytes
+        self.arrived.update(wanted)
         self.keep(np.asarray(wanted), rows)
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
+    def read_parallel(self, ids: np.ndarray) -> np.ndarray:
         """Rows of distinct ids, ascending; by several threads when there are many."""
         readers = min(READERS, len(ids) // ROWS_PER_READER)
         if readers < 2:
-            rows = self.read_some(ids)
-        else:
-            rows = np.concatenate(list(self.pool.map(self.read_some, np.array_split(ids, readers))))
-        self.counters.bytes_read += rows.nbytes
-        return rows
+            return self.read_some(ids)
+        return np.concatenate(list(self.pool.map(self.read_some, np.array_split(ids, readers))))
 
     def read_some(self, ids: np.ndarray) -> np.ndarray:
         """One thread's share: one read per row and run of columns, nothing in between."""
@@ -169,5 +178,6 @@ class StreamedTable:
             self.slots[row] = slot
 
     def close(self) -> None:
+        self.ahead.shutdown(wait=True, cancel_futures=True)
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.pending = None

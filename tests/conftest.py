@@ -1,0 +1,53 @@
+"""Checkpoints that many tests read, each made once per session. Nobody may write into them."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: nothing in these tests may ask the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import edge
+from edge.session import Session
+from tests import makers
+from tests.shrink import real, shrink
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+Folder = Callable[[str], Path]
+Open = Callable[..., Session]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """name -> the checkpoint of a shrunk real config in float32, as transformers wrote it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = makers.make(tmp_path_factory.mktemp(name), shrink(real(name)))
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """``edge.load`` in float32, closed at the end of the test."""
+    sessions: list[Session] = []
+
+    def load(folder: Path, **options: Any) -> Session:
+        sessions.append(edge.load(folder, **{"precision": "float32", "slice": "full", **options}))
+        return sessions[-1]
+
+    yield load
+    for session in sessions:
+        session.close()
