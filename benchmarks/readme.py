@@ -1,0 +1,142 @@
+"""Writes the generated parts of README.md, or with --check says whether they are what the code would write.
+
+python -m benchmarks.readme [--check]
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from edge.budget.plan import Floor, Request, choose, enumerate_plans
+from edge.cli.show import plan_lines, plan_table
+from loaders.checkpoint import Checkpoint, file_name
+from loaders.families import families, family_of
+from loaders.formats.config import Config, read_json
+from loaders.formats.safetensors import Tensor
+from loaders.network.tensors import core, tensors, total
+from loaders.slices import candidates
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+CONFIGS = ROOT / "tests" / "configs"
+MIB = 1 << 20
+# The floor of the example plan; a real one is measured where edge runs.
+EXAMPLE_FLOOR = Floor(host=288 * MIB)
+
+
+def shapes_only(config: Path) -> Checkpoint:
+    """A checkpoint of a config's shapes in bf16, with headers and no bytes: enough to plan with."""
+    raw = read_json(config)
+    parsed = Config(raw, str(config))
+    family = family_of(parsed.raw("model_type"), str(config))
+    model = family.parse(parsed)
+    where, at = {}, 0
+    for name, shape in tensors(model).items():
+        size = 2
+        for n in shape:
+            size *= n
+        where[name] = Tensor(file_name(family, name), "BF16", shape, str(config), at, size)
+        at += size
+    return Checkpoint(config.parent, raw, family, model, None, where, (), 0)  # type: ignore[arg-type]
+
+
+def supported() -> str:
+    """The families, from the registry; sizes from the configurations the tests parse at full size."""
+    sizes: dict[str, list[str]] = {}
+    for path in sorted(CONFIGS.glob("*.json")):
+        model = shapes_only(path).model
+        sizes.setdefault(model.family, []).append(f"{path.stem} ({total(model) / 1e9:.2f}B)")
+    lines = [
+        "| family | `model_type` | parsed at full size in the tests | logits against transformers | slices | PLE |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name, family in families().items():
+        slices = "yes" if family.sliced_config else "-"
+        types = ", ".join(f"`{t}`" for t in family.model_types)
+        tiers = "device, ram, ssd" if family.sliced_config else "-"
+        lines.append(
+            f"| {family.title} | {types} | {', '.join(sizes[name])} | fp32, within 1e-4 | {slices} | {tiers} |"
+        )
+    return "\n".join(lines)
+
+
+def slices() -> str:
+    """The published slices of E4B."""
+    checkpoint = shapes_only(CONFIGS / "gemma-3n-E4B.json")
+    lines = [
+        "| `--slice` | parameters without embeddings | MMLU (published, pre-trained) | what it keeps |",
+        "|---|---:|---:|---|",
+    ]
+    from loaders.network.matformer import sliced
+
+    for item in candidates(checkpoint.model, checkpoint.family):
+        size = core(sliced(checkpoint.model, item.slice)) / 1e9
+        lines.append(f"| `{item.slice.name}` | {size:.2f}B | {item.mmlu:.1f} | {item.slice.describe()} |")
+    return "\n".join(lines)
+
+
+def plan() -> str:
+    """What `edge plan` prints for E4B on a machine with 8 GB to give."""
+    checkpoint = shapes_only(CONFIGS / "gemma-3n-E4B.json")
+    request = Request(budget=8 * 10**9)
+    plans = enumerate_plans(checkpoint, request, EXAMPLE_FLOOR)
+    chosen = choose(checkpoint, request, EXAMPLE_FLOOR)
+    chosen = next(p for p in plans if p == chosen)
+    out = io.StringIO()
+    console = Console(file=out, width=160, no_color=True, highlight=False)
+    console.print(plan_table([p for p in plans if p.context == chosen.context], chosen, request))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    return "\n".join(
+        ["```", "$ edge plan ./gemma-3n-E4B --budget 8GB", *lines, "", *plan_lines(chosen, request, plans[0]), "```"]
+    )
+
+
+def usage() -> str:
+    """The help of the main command."""
+    command = [sys.executable, "-m", "edge", "run", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=plain_terminal()).stdout
+    return "```\n" + "\n".join(line.rstrip() for line in text.replace("python -m edge", "edge").splitlines()) + "\n```"
+
+
+def plain_terminal() -> dict[str, str]:
+    """The environment with a fixed width, so that help wraps alike everywhere."""
+    import os
+
+    return {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"supported": supported, "slices": slices, "plan": plan, "usage": usage}
+
+
+def rendered(text: str) -> str:
+    """The README with every block as the code would write it now."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no block {name!r}")
+        made = make()
+        text = pattern.sub(lambda m, made=made: m[1] + made + m[2], text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    """0 when the README was written, or is what it should be."""
+    before = README.read_text()
+    after = rendered(before)
+    if "--check" in sys.argv[1:]:
+        if before != after:
+            print("README.md is stale: run python -m benchmarks.readme", file=sys.stderr)
+        return int(before != after)
+    README.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,499 @@
+"""From one number to a plan: never over it, never worse with more of it, and a refusal that says what is missing.
+
+The planner reads headers only, so a full-size E4B is planned here from its config alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import edge.budget.plan as planner
+from edge.budget.plan import CONTEXTS, Floor, Plan, Request, choose, enumerate_plans
+from loaders.checkpoint import Checkpoint
+from loaders.errors import Usage, WontFit
+from loaders.families import Family, family_of
+from loaders.formats.config import Config
+from loaders.network.matformer import sliced
+from loaders.network.spec import Model
+from loaders.network.tensors import PLE_TABLE, core, total
+from tests.small import GEMMA3N, LLAMA, built
+
+MIB = 1 << 20
+GB = 10**9
+FLOOR = Floor(400 * MIB)
+GPU_FLOOR = Floor(900 * MIB, 500 * MIB)
+E4B = {
+    "model_type": "gemma3n_text",
+    "hidden_size": 2048,
+    "num_hidden_layers": 35,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "intermediate_size": [16384] * 35,
+    "num_kv_shared_layers": 15,
+    "vocab_size": 262_400,
+    "vocab_size_per_layer_input": 262_144,
+    "hidden_size_per_layer_input": 256,
+    "max_position_embeddings": 32_768,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a header says of a tensor."""
+
+    dtype: str
+    itemsize: int
+
+
+@dataclass(frozen=True, eq=False)
+class Headers:
+    """A checkpoint without weights: all that the planner may look at."""
+
+    model: Model
+    family: Family
+    dtype: str
+    where: dict[str, Stored]
+
+
+def headers(config: dict[str, Any], dtype: str = "BF16") -> Checkpoint:
+    family = family_of(config["model_type"], "config.json")
+    model = family.parse(Config(config, "config.json"))
+    found = Headers(model, family, dtype, {PLE_TABLE: Stored(dtype, 4 if dtype == "F32" else 2)})
+    return cast(Checkpoint, found)
+
+
+@cache
+def known(name: str) -> Checkpoint:
+    """Checkpoints that are planned for many times over."""
+    small = {**GEMMA3N, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    small |= {key: GEMMA3N[key][1:5] for key in ("layer_types", "intermediate_size", "activation_sparsity_pattern")}
+    return {
+        "e4b": lambda: headers(E4B),
+        "gemma": lambda: headers(small, "F32"),
+        "llama": lambda: headers(LLAMA, "F32"),
+        "llama16": lambda: headers({**LLAMA, "max_position_embeddings": 700}, "F16"),
+    }[name]()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def enumerated_once() -> Iterator[None]:
+    """What there is to choose from does not depend on the budget (shown below), so it is priced once per pin."""
+    priced: dict[Any, list[Plan]] = {}
+
+    def remembered(checkpoint: Checkpoint, request: Request, floor: Floor) -> list[Plan]:
+        key = (id(checkpoint), replace(request, budget=None, ram_budget=None), floor)
+        if key not in priced:
+            priced[key] = enumerate_plans(checkpoint, request, floor)
+        return priced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "enumerate_plans", remembered)
+        yield
+
+
+def plan_for(name: str, budget: int | None, **pins: Any) -> Plan:
+    return choose(known(name), Request(budget=budget, **pins), FLOOR)
+
+
+def attempt(name: str, request: Request, floor: Floor = FLOOR) -> Plan | WontFit:
+    """A plan, or the refusal as a value."""
+    try:
+        return choose(known(name), request, floor)
+    except WontFit as refusal:
+        return refusal
+
+
+def every(name: str, **pins: Any) -> list[Plan]:
+    return planner.enumerate_plans(known(name), Request(**pins), FLOOR)
+
+
+def smallest(name: str, **pins: Any) -> int:
+    return min(plan.total_bytes for plan in every(name, **pins))
+
+
+def rank(plan: Plan) -> tuple[Any, ...]:
+    """How good a plan is, written down anew: context, quality, precision, nearness of the table, chunk."""
+    near = {"none": 1, "device": 1, "ram": 1, "ssd": 0}[plan.ple]
+    return plan.context, plan.quality.score, plan.precision == "float32", near, plan.chunk
+
+
+NAMES = st.sampled_from(["e4b", "gemma", "llama", "llama16"])
+# From far too little to more than anything needs, fine where the small models live.
+EXTRA_BYTES = st.one_of(st.integers(-50 * MIB, 2 * MIB), st.integers(0, 80 * MIB), st.integers(0, 16 * GB))
+PINS = st.fixed_dictionaries(
+    {},
+    optional={
+        "precision": st.sampled_from(["float32", "bf16"]),
+        "kv": st.sampled_from(["float32", "bf16"]),
+        "context": st.sampled_from([1, 17, 512, 700]),
+    },
+)
+quick = settings(max_examples=150, deadline=None)
+
+
+@quick
+@given(NAMES, EXTRA_BYTES, EXTRA_BYTES, PINS)
+def test_never_over_budget_and_never_worse_with_more(name: str, one: int, other: int, pins: dict[str, Any]) -> None:
+    least = smallest(name, **pins)
+    low, high = sorted((max(1, least + one), max(1, least + other)))
+    found = []
+    for budget in (low, high):
+        plan = attempt(name, Request(budget, **pins))
+        if isinstance(plan, WontFit):
+            assert budget < least == plan.needed
+            assert (plan.exit_code, plan.budget) == (80, budget)
+            continue
+        assert plan.total_bytes == sum(plan.bytes.values()) <= budget
+        assert plan == plan_for(name, budget, **pins), "the same input gives the same plan"
+        assert all(getattr(plan, key) == value for key, value in pins.items())
+        assert 0 < plan.chunk <= plan.context <= known(name).model.context
+        found.append(rank(plan))
+    assert found == sorted(found)
+    assert len(found) == (low >= least) + (high >= least)
+
+
+@quick
+@given(NAMES, EXTRA_BYTES, PINS)
+def test_nothing_better_would_have_fitted(name: str, extra: int, pins: dict[str, Any]) -> None:
+    budget = smallest(name, **pins) + max(0, extra)
+    chosen = plan_for(name, budget, **pins)
+    fitting = [plan for plan in every(name, **pins) if plan.total_bytes <= budget]
+    assert rank(chosen) == max(map(rank, fitting))
+    equal = [plan.total_bytes for plan in fitting if rank(plan) == rank(chosen)]
+    assert chosen.total_bytes == min(equal), "of equals the smallest"
+
+
+@given(
+    layers=st.integers(2, 6),
+    shared=st.integers(0, 3),
+    width=st.integers(1, 24).map(lambda n: 8 * n),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 3)]),
+    dim=st.integers(1, 40).map(lambda n: 4 * n),
+    vocab=st.integers(1, 5000),
+    longest=st.integers(1, 5000),
+    dtype=st.sampled_from(["F32", "BF16", "F16"]),
+)
+@settings(max_examples=25, deadline=None)
+def test_refusals_are_exact_for_any_shape(
+    layers: int,
+    shared: int,
+    width: int,
+    heads: tuple[int, int],
+    dim: int,
+    vocab: int,
+    longest: int,
+    dtype: str,
+) -> None:
+    full, sliding = "full_attention", "sliding_attention"
+    kinds = [full if i % 2 else sliding for i in range(layers)]
+    shared = min(shared, max(0, layers - 2))
+    config = {
+        "model_type": "gemma3n_text",
+        "hidden_size": dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": 8,
+        "intermediate_size": width,
+        "layer_types": kinds,
+        "activation_sparsity_pattern": 0.5,
+        "num_kv_shared_layers": shared,
+        "sliding_window": 16,
+        "vocab_size": vocab,
+        "vocab_size_per_layer_input": vocab,
+        "hidden_size_per_layer_input": 4,
+        "laurel_rank": 2,
+        "max_position_embeddings": longest,
+    }
+    checkpoint = headers(config, dtype)
+    with pytest.raises(WontFit) as refused:
+        choose(checkpoint, Request(budget=1, context=min(longest, 64)), FLOOR)
+    needed = refused.value.needed
+    request = Request(budget=needed, context=min(longest, 64))
+    plan = choose(checkpoint, request, FLOOR)
+    assert plan.total_bytes == needed
+    assert f"{needed} bytes" in str(refused.value)
+    assert plan.label() in str(refused.value)
+    assert {plan.slice for plan in enumerate_plans(checkpoint, request, FLOOR)} >= {"full"}
+    with pytest.raises(WontFit) as again:
+        choose(checkpoint, replace(request, budget=needed - 1), FLOOR)
+    assert again.value.needed == needed
+
+
+def test_what_there_is_to_choose_from_does_not_depend_on_the_budget() -> None:
+    for name in ("gemma", "llama"):
+        all_plans = enumerate_plans(known(name), Request(), FLOOR)
+        assert enumerate_plans(known(name), Request(budget=5, ram_budget=7), FLOOR) == all_plans
+        assert len({(p.part, p.precision, p.ple, p.context, p.chunk) for p in all_plans}) == len(all_plans)
+
+
+def test_without_a_budget_the_best_there_is() -> None:
+    for name in ("e4b", "gemma", "llama"):
+        plan = plan_for(name, None)
+        assert plan == every(name)[0]
+        assert rank(plan) == max(map(rank, every(name)))
+
+
+# Pins
+
+
+@pytest.mark.parametrize("name", ["E2B", "e2b", "full", "half", "E3.18B", "quarter+skip=3", "ffn=12345x35"])
+def test_a_pinned_slice_is_kept_whatever_the_budget(name: str) -> None:
+    for budget in (None, smallest("e4b", slice=name)):
+        assert plan_for("e4b", budget, slice=name).slice.lower() == name.lower()
+
+
+def test_a_slice_spelt_out_keeps_its_published_score() -> None:
+    by_name, by_hand = plan_for("e4b", None, slice="E2B"), plan_for("e4b", None, slice="half+skip=20-24")
+    assert (by_name.part.keep, by_name.part.widths) == (by_hand.part.keep, by_hand.part.widths)
+    assert by_name.quality == by_hand.quality
+    assert (by_hand.quality.score, by_hand.quality.origin) == (50.9, "MMLU")
+
+
+@pytest.mark.parametrize("tier", ["ram", "ssd", "device"])
+def test_a_pinned_tier_is_kept_and_priced(tier: str) -> None:
+    plan = plan_for("e4b", None, ple=tier, slice="full")
+    assert plan.ple == tier
+    assert plan.bytes["ple"] == (16 * MIB if tier == "ssd" else 262_144 * 35 * 256 * 2)
+
+
+def test_pinned_precisions_halve_and_double() -> None:
+    exact, half = (plan_for("gemma", None, precision=p, context=512) for p in ("float32", "bf16"))
+    mixed = plan_for("gemma", None, precision="float32", kv="bf16", context=512)
+    assert (exact.precision, exact.kv, half.precision, half.kv) == ("float32", "float32", "bf16", "bf16")
+    assert exact.bytes["kv"] == 2 * half.bytes["kv"] == 2 * mixed.bytes["kv"]
+    assert mixed.bytes["weights"] == exact.bytes["weights"] < 2 * half.bytes["weights"]
+
+
+def test_a_sixteen_bit_checkpoint_is_not_blown_up_unless_asked() -> None:
+    assert {plan.precision for plan in every("e4b")} == {"bf16"}
+    assert {plan.precision for plan in every("gemma")} == {"bf16", "float32"}
+    assert plan_for("e4b", None, precision="float32").bytes["weights"] > 1.99 * plan_for("e4b", None).bytes["weights"]
+
+
+@pytest.mark.parametrize(
+    ("pins", "flag"),
+    [
+        ({"context": 32_769}, "--context"),
+        ({"context": 0}, "--context"),
+        ({"context": -1}, "--context"),
+        ({"precision": "int4"}, "--precision"),
+        ({"kv": "fp8"}, "--kv"),
+        ({"ple": "none"}, "--ple"),
+        ({"slice": "E5B"}, "--slice"),
+        ({"slice": ""}, "--slice"),
+        ({"slice": "skip=18"}, "--slice"),
+        ({"slice": "ffn=8192"}, "--slice"),
+        ({"slice": "ffn=99999x35"}, "--slice"),
+        ({"slice": "skip=35"}, "--slice"),
+    ],
+)
+def test_pins_that_cannot_be_are_usage_errors_that_name_the_flag(pins: dict[str, Any], flag: str) -> None:
+    with pytest.raises(Usage) as refused:
+        plan_for("e4b", None, **pins)
+    assert refused.value.exit_code == 2
+    assert flag in str(refused.value)
+    assert "expected" in str(refused.value)
+
+
+def test_the_longest_context_a_model_was_made_for_can_be_had() -> None:
+    assert plan_for("e4b", None, context=32_768).context == 32_768
+    with pytest.raises(Usage, match="32768"):
+        plan_for("e4b", None, context=32_769)
+
+
+def test_contexts_to_fall_back_to_stay_below_the_models_own() -> None:
+    assert tuple(dict.fromkeys(plan.context for plan in every("e4b"))) == CONTEXTS
+    assert tuple(dict.fromkeys(plan.context for plan in every("llama16"))) == (700, 512)
+
+
+@pytest.mark.parametrize("pins", [{"ple": "ram"}, {"ple": "ssd"}, {"slice": "half"}, {"slice": "skip=1"}])
+def test_a_plain_model_has_neither_slices_nor_a_table(pins: dict[str, str]) -> None:
+    with pytest.raises(Usage):
+        plan_for("llama", None, **pins)
+    assert {(plan.slice, plan.ple, plan.bytes["ple"]) for plan in every("llama")} == {("full", "none", 0)}
+
+
+def test_a_refusal_says_what_to_unpin() -> None:
+    with pytest.raises(WontFit) as refused:
+        plan_for("e4b", 6 * GB, slice="full", context=32_768)
+    assert "--slice and --context" in str(refused.value)
+    with pytest.raises(WontFit) as refused:
+        plan_for("e4b", 2 * GB)
+    assert "to the planner" not in str(refused.value)
+
+
+# Full-size E4B
+
+
+def test_the_smallest_plan_is_named_and_its_bytes_are_enough() -> None:
+    with pytest.raises(WontFit) as refused:
+        plan_for("e4b", 2 * GB)
+    text, needed = str(refused.value), refused.value.needed
+    assert "E2B in bf16, PLE table on SSD, context 512" in text
+    assert f"{needed} bytes" in text
+    assert f"--budget {needed}" in text
+    assert needed == smallest("e4b")
+    assert plan_for("e4b", needed).slice == "E2B"
+
+
+def test_published_slices_rank_by_their_published_figures() -> None:
+    order = list(dict.fromkeys(plan.slice for plan in every("e4b") if plan.context == 4096))
+    assert order[:4] == ["E3.59B", "E3.79B", "E3.39B", "full"]
+    assert order[-1] == "E2B"
+    scores = [next(p.quality.score for p in every("e4b") if p.slice == name) for name in order]
+    assert scores == sorted(scores, reverse=True)
+    assert len(order) == 16
+
+
+@pytest.mark.parametrize(
+    ("budget", "slice", "tier"),
+    [
+        (5.45 * GB, "E2B", "ssd"),
+        (5.7 * GB, "E1.96B", "ssd"),
+        (7.0 * GB, "E2.69B", "ssd"),
+        (8.0 * GB, "E3.18B", "ssd"),
+        (10.0 * GB, "E3.59B", "ssd"),
+        (14.0 * GB, "E3.59B", "ram"),
+        (64.0 * GB, "E3.59B", "ram"),
+    ],
+)
+def test_what_e4b_becomes_within_a_budget(budget: float, slice: str, tier: str) -> None:
+    plan = plan_for("e4b", int(budget))
+    assert (plan.slice, plan.ple, plan.context, plan.precision) == (slice, tier, 4096, "bf16")
+
+
+def test_quality_comes_before_nearness_and_nearness_before_bytes() -> None:
+    near, far = plan_for("e4b", None, slice="E3.59B"), plan_for("e4b", None, slice="E3.59B", ple="ssd")
+    assert near.ple == "ram"
+    between = far.total_bytes + (near.total_bytes - far.total_bytes) // 2
+    assert between > plan_for("e4b", None, slice="E2B").total_bytes, "E2B with its table in RAM would fit as well"
+    assert plan_for("e4b", between).slice == "E3.59B"
+    assert plan_for("e4b", between).ple == "ssd"
+
+
+def test_e4b_costs_what_its_tensors_weigh() -> None:
+    for name in ("E2B", "E3.18B", "full"):
+        plan = plan_for("e4b", None, slice=name, ple="ssd", context=4096)
+        small = sliced(known("e4b").model, plan.part)
+        without_table = total(small) - 262_144 * len(plan.part.keep) * 256
+        assert 2 * without_table <= plan.bytes["weights"] < 2.002 * without_table
+        # 16 sliding layers of 512 tokens and 4 full ones, 2048 bytes a token and layer.
+        assert plan.bytes["kv"] == (16 * 512 + 4 * 4096) * 2048
+        assert plan.bytes["runtime"] == FLOOR.host
+        assert plan.bytes["activations"] < 400 * MIB
+    # The published counts include keys and values of layers that share: 30 - 20 and 35 - 20 times 2,097,408.
+    assert core(sliced(known("e4b").model, plan_for("e4b", None, slice="E2B").part)) == 1_905_495_648 - 10 * 2_097_408
+    assert core(known("e4b").model) == 3_980_491_248 - 15 * 2_097_408
+
+
+def test_planning_e4b_is_fast() -> None:
+    """Half a second of processor time: nobody should feel that the number was thought about."""
+    started = time.process_time()
+    found = enumerate_plans(known("e4b"), Request(budget=6 * GB), FLOOR)
+    assert len(found) > 100
+    assert time.process_time() - started < 0.5
+
+
+# Two budgets: a GPU and its host
+
+
+def gpu(budget: int | None, ram: int | None = None, **pins: Any) -> Plan:
+    return choose(known("e4b"), Request(budget, ram, device="cuda", **pins), GPU_FLOOR)
+
+
+@pytest.mark.parametrize("tier", ["ram", "ssd"])
+def test_on_a_gpu_the_table_counts_on_the_host(tier: str) -> None:
+    plan = gpu(None, ple=tier)
+    assert set(plan.bytes) == {"runtime", "weights", "kv", "activations"}
+    assert plan.bytes["runtime"] == GPU_FLOOR.device
+    assert plan.host_bytes["runtime"] == GPU_FLOOR.host
+    assert plan.host_bytes["ple"] == (16 * MIB if tier == "ssd" else 262_144 * len(plan.part.keep) * 512)
+    assert plan.host_total_bytes == sum(plan.host_bytes.values())
+    assert plan.as_dict()["host_total_bytes"] == plan.host_total_bytes
+
+
+def test_on_a_gpu_the_table_may_be_pinned_to_the_device() -> None:
+    plan = gpu(None, ple="device", slice="full")
+    assert plan.bytes["ple"] == 262_144 * 35 * 512
+    assert "ple" not in plan.host_bytes
+    assert {p.ple for p in planner.enumerate_plans(known("e4b"), Request(device="cuda"), GPU_FLOOR)} == {"ram", "ssd"}
+
+
+def test_on_a_cpu_everything_counts_against_one_budget() -> None:
+    plan = plan_for("e4b", None)
+    assert set(plan.bytes) == {"runtime", "weights", "ple", "kv", "activations"}
+    assert (plan.host_bytes, plan.host_total_bytes) == ({}, 0)
+    assert "host_bytes" not in plan.as_dict()
+
+
+def test_the_table_in_ram_costs_the_device_nothing() -> None:
+    device = gpu(None, slice="full").total_bytes
+    assert gpu(device, slice="full").ple == "ram"
+    with pytest.raises(WontFit):
+        plan_for("e4b", device, slice="full", ple="ram")
+
+
+def test_the_ram_budget_sends_the_table_to_storage() -> None:
+    roomy, tight = gpu(20 * GB, 8 * GB), gpu(20 * GB, 3 * GB)
+    assert (roomy.ple, tight.ple) == ("ram", "ssd")
+    assert roomy.slice == tight.slice == "E3.59B"
+    with pytest.raises(WontFit, match="--ram-budget") as refused:
+        gpu(20 * GB, 500 * MIB)
+    assert gpu(20 * GB, refused.value.needed).host_total_bytes == refused.value.needed
+    with pytest.raises(WontFit):
+        gpu(20 * GB, refused.value.needed - 1)
+
+
+@quick
+@given(st.integers(1, 20 * GB), st.integers(1, 8 * GB), st.integers(0, 4 * GB), st.integers(0, 4 * GB))
+def test_neither_budget_is_passed_and_more_of_either_is_never_worse(dev: int, ram: int, more: int, host: int) -> None:
+    found = []
+    for budget, ram_budget in ((dev, ram), (dev + more, ram + host)):
+        plan = attempt("e4b", Request(budget, ram_budget, device="cuda"), GPU_FLOOR)
+        if isinstance(plan, WontFit):
+            assert plan.needed > plan.budget in (budget, ram_budget)
+            assert not found
+            continue
+        assert plan.total_bytes <= budget
+        assert plan.host_total_bytes <= ram_budget
+        found.append(rank(plan))
+    assert found == sorted(found)
+
+
+@quick
+@given(st.integers(1, 9 * GB), st.integers(1, 3 * GB))
+def test_doing_what_the_refusals_say_ends_with_a_plan(budget: int, ram: int) -> None:
+    for _ in range(4):
+        plan = attempt("e4b", Request(budget, ram, device="cuda"), GPU_FLOOR)
+        if isinstance(plan, Plan):
+            break
+        if "--ram-budget" in str(plan):
+            assert plan.budget == ram < plan.needed
+            ram = plan.needed
+        else:
+            assert plan.budget == budget < plan.needed
+            budget = plan.needed
+    assert isinstance(plan, Plan), "four times more was given, and it still does not fit"
+    assert plan.total_bytes <= budget
+    assert plan.host_total_bytes <= ram
+
+
+def test_a_real_checkpoint_plans_like_its_headers() -> None:
+    with_weights = Checkpoint.open(built("gemma3n"))
+    try:
+        real = enumerate_plans(with_weights, Request(), FLOOR)
+    finally:
+        with_weights.close()
+    assert [plan.as_dict() for plan in real] == [
+        plan.as_dict() for plan in enumerate_plans(headers(GEMMA3N, "F32"), Request(), FLOOR)
+    ]
