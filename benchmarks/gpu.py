@@ -201,6 +201,25 @@ def speed(report: Report, folder: Path) -> None:
         torch.cuda.empty_cache()
 
 
+def kernels(report: Report, folder: Path) -> None:
+    """Which kernels a decoded token launches: how many, and what they take."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with edge.load(folder, device="cuda", context=1024) as session:
+        session.step(list(range(4, 304)))
+        session.engine.graphs = False
+        session.step([5])
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+            session.step([6])
+        rows = [e for e in trace.key_averages() if e.self_device_time_total > 0]
+        rows.sort(key=lambda e: -e.self_device_time_total)
+        launches = sum(e.count for e in rows)
+        total = sum(e.self_device_time_total for e in rows)
+        report("kernels of one token", None, launches=launches, busy_us=float(total))
+        for e in rows[:14]:
+            print(f"    {e.count:5d} x {e.self_device_time_total / e.count:8.2f} us  {e.key[:90]}")
+
+
 def main() -> int:
     """Everything; 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,6 +234,7 @@ def main() -> int:
     if options.big is not None:
         gathers(report, options.big)
         speed(report, options.big)
+        kernels(report, options.big)
     return int(report.failed)
 
 

@@ -9,22 +9,36 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 import edge
 from edge.session import Session
 from tests import makers
 from tests.shrink import real, shrink
 
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 # These models are too small for a second thread: where other processes want the cores, waiting for it costs seconds.
 torch.set_num_threads(1)
 
 Folder = Callable[[str], Path]
 Open = Callable[..., Session]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_once() -> Iterator[None]:
+    """Kernels stay warm: one warm-up for the whole session instead of one for each load."""
+    from edge.engine import torch_start
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_start, "warm_up", cache(torch_start.warm_up))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Checkpoint folders made by transformers' own classes, with random weights that leave no mechanism idle.
 
 transformers starts norms at one and AltUp's output scale at zero: a model that ignored them would pass. Here norms
-lie between 0.5 and 1.5, the output scale is random, and AltUp's coefficients mix the streams for real.
+lie between 0.4 and 1.5, the output scale is random, and AltUp's coefficients mix the streams for real.
 """
 
 from __future__ import annotations
@@ -64,14 +64,17 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
 
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name:
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                # Gemma 3n does not scale its scores: larger weights would make every softmax a maximum.
+                p.data.copy_(torch.rand(p.shape, generator=generator) * 0.6 + 0.4)
+            elif "norm" in name:
                 p.data.copy_(torch.rand(p.shape, generator=generator) + 0.5)
             elif name.endswith("correct_output_scale"):
                 normal(p, 1.0)
             elif name.endswith("modality_router.weight"):
                 normal(p, 0.5 * p.shape[1] ** 0.5)  # its input is divided by the whole width
             elif name.endswith("prediction_coefs.weight"):
-                normal(p, 0.07)  # the streams grow by this layer after layer, and rounding errors with them
+                normal(p, 0.05)  # the streams grow by this layer after layer, and rounding errors with them
             elif name.endswith("correction_coefs.weight"):
                 normal(p, 0.3)
             elif name.endswith("embed_tokens_per_layer.weight"):

@@ -29,7 +29,7 @@ DIVISORS: dict[str, dict[str, int]] = {
     "gemma3n_text": {
         "hidden_size": 32,
         "head_dim": 16,
-        "intermediate_size": 64,
+        "intermediate_size": 32,
         "hidden_size_per_layer_input": 21,
         "laurel_rank": 9,
         "vocab_size": 700,
@@ -68,7 +68,8 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
     if after.family == "gemma3n":
         check_gemma(after)
     for layer in after.layers:
-        assert (rope := layer.attention.rope) is not None
+        rope = layer.attention.rope
+        assert rope is not None
         if rope.scaling is not None:
             assert frequency_bands(after) == {"low", "middle", "high"}
     return small

@@ -111,7 +111,7 @@ Wanted = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-@pytest.mark.parametrize("chunk", [256, 1, 7, 16, 17])
+@pytest.mark.parametrize("chunk", [256, 7, 17])
 def test_every_position_in_chunks(name: str, chunk: int, session_of: Sessions, wanted: Wanted) -> None:
     ids, logits = wanted(name)
     assert_close(session_of(name, chunk=chunk).logits(ids), logits)
@@ -123,7 +123,7 @@ def test_every_position_in_chunks(name: str, chunk: int, session_of: Sessions, w
     [
         [1] * LENGTH,
         [LENGTH],
-        [19] + [1] * (LENGTH - 19),
+        [35] + [1] * (LENGTH - 35),
         [15, 1, 1, 1, 20, 1, 14],
         [16, 16, 16, 5],
         [1, 17, 1, 33, 1],
@@ -137,9 +137,7 @@ def test_pieces(name: str, sizes: list[int], session_of: Sessions, wanted: Wante
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_chunked_prefill_skips_what_only_the_last_chunk_needs(
-    name: str, session_of: Sessions, wanted: Wanted
-) -> None:
+def test_chunked_prefill_skips_what_only_the_last_chunk_needs(name: str, session_of: Sessions, wanted: Wanted) -> None:
     ids, logits = wanted(name)
     session = session_of(name, chunk=7)
     found, at = fed(session, ids, [40, 1, 12])
@@ -177,16 +175,14 @@ SLICES = (
     "quarter",
     "skip-first-shared",
     "half+skip-first-shared",
-    "ffn=60x3,33x8,1x1,64x{rest}",
+    "ffn=200x3,133x8,40x1,64x{rest}",
     "skip=1,3,6,{shared}",
 )
 
 
 @pytest.mark.parametrize("name", GEMMA)
 @pytest.mark.parametrize("slice_", SLICES)
-def test_slices(
-    name: str, slice_: str, opened: Open, folder_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_slices(name: str, slice_: str, opened: Open, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     """A slice read as windows, against transformers on the same slice written out."""
     source = folder_of(name)
     layers = len(parse(json.loads((source / "config.json").read_text())).layers)
@@ -251,7 +247,9 @@ def test_shards(name: str, opened: Open, folder_of: Callable[[str], Path], tmp_p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_config_that_transformers_saves(name: str, opened: Open, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_config_that_transformers_saves(
+    name: str, opened: Open, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Both spellings of one model: ours in the file that was published, theirs in the one they write today."""
     raw = shrink(real(name))
     folder = make(tmp_path / "saved", raw.get("text_config", raw), saved_config=True)
@@ -342,8 +340,8 @@ def test_tied_head_may_be_there_as_a_copy(
 @pytest.mark.parametrize("name", ["gemma-3n-E2B", "llama-3.2-1B", "qwen3-0.6B"])
 @pytest.mark.parametrize(
     "change",
-    [nudged(0), nudged(63), nudged(-1), lambda t: t[:-1], lambda t: t.half()],
-    ids=["first-row", "row-63", "last-row", "shape", "dtype"],
+    [nudged(0), nudged(-1), torch.neg, lambda t: t[:-1], lambda t: t.half()],
+    ids=["first-row", "last-row", "all", "shape", "dtype"],
 )
 def test_tied_head_that_differs_is_refused(
     name: str, change: Callable[[torch.Tensor], torch.Tensor], folder_of: Callable[[str], Path], tmp_path: Path
@@ -395,8 +393,8 @@ def test_reset_forgets_everything(name: str, session_of: Sessions, wanted: Wante
     assert_close(session.step(ids[:30])[None], logits[29:30])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("context", [1, 2, 10, 16, 17, 40])
+@pytest.mark.parametrize("name", [*GEMMA, "llama-3.2-1B", "qwen3-0.6B"])
+@pytest.mark.parametrize("context", [1, 2, 16, 17, 40])
 def test_context_shorter_than_the_prompt_is_a_smaller_cache(
     name: str, context: int, opened: Open, folder_of: Callable[[str], Path], wanted: Wanted
 ) -> None:

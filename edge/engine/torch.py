@@ -12,7 +12,7 @@ import torch
 
 from edge.engine.kv import KVCache
 from edge.engine.static import StaticStep, bucket
-from edge.engine.torch_ops import TorchOps
+from edge.engine.torch_ops import ops_for
 from edge.engine.torch_ple import Rows
 from loaders.network import decoder_of
 from loaders.network.ops import Cache, Want
@@ -40,7 +40,7 @@ class TorchEngine:
         self.model, self.weights, self.rows = model, weights, rows
         self.chunk, self.kv, self.torch_device = chunk, DTYPES[kv], device
         self.device = device.type
-        self.ops = TorchOps(device)
+        self.ops = ops_for(device)
         self.decoder = decoder_of(model)
         self.cache = KVCache(model, context, self.kv, device)
         # Eager launches would cost a GPU several times the work itself; a CPU has nothing to gain.
@@ -117,4 +117,8 @@ class TorchEngine:
         """Releases memory, threads and descriptors."""
         if self.rows is not None:
             self.rows.close()
-        self.weights, self.steps = {}, {}
+        # Recorded graphs hold memory of their own, and torch keeps what it freed unless it is told.
+        self.rows, self.weights, self.steps = None, {}, {}
+        self.cache.layers.clear()
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()

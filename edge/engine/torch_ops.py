@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch.nn import functional
@@ -141,6 +142,15 @@ class TorchOps:
 
     def last(self, x: torch.Tensor) -> torch.Tensor:
         return x[-1:]
+
+
+def ops_for(device: torch.device) -> TorchOps:
+    """The operators for a device: with fused kernels on CUDA, where Triton is installed."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from edge.engine.cuda_ops import CudaOps
+
+        return CudaOps(device)
+    return TorchOps(device)
 
 
 def visible(

@@ -19,8 +19,8 @@ from loaders.checkpoint import RAW, Checkpoint
 from loaders.formats.safetensors import Window
 from loaders.network.matformer import Part
 
+# Where the kernel takes no advice on what will be read, threads wait for rows in its place.
 READERS = 8
-# Below this many rows a thread costs more than the read it would overlap.
 ROWS_PER_READER = 4
 
 
@@ -86,8 +86,9 @@ class MemoryTable:
 class StreamedTable:
     """Rows read by offset when they are needed, through a cache of at most ``cache_bytes``.
 
-    A batch is deduplicated and read by several threads; the row of the next token is fetched while the token before
-    it is still being dealt with. Every read is checked for its length by the shard reader.
+    A batch is deduplicated and its reads are queued with the kernel together; the rows of the next token, or of the next
+    chunk, are fetched while those before are still being dealt with. Every read is checked for its length by the shard
+    reader.
     """
 
     tier = "ssd"
@@ -102,9 +103,7 @@ class StreamedTable:
         self.slots: OrderedDict[int, int] = OrderedDict()
         self.arrived: set[int] = set()
         self.counters = Counters()
-        self.pool = ThreadPoolExecutor(READERS, thread_name_prefix="edge-ple")
-        # Its one thread waits for the pool's, so it must not be one of them.
-        self.ahead = ThreadPoolExecutor(1, thread_name_prefix="edge-ple-ahead")
+        self.ahead = ThreadPoolExecutor(1, thread_name_prefix="edge-ple")
         self.pending: tuple[tuple[int, ...], Future[np.ndarray]] | None = None
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
@@ -127,7 +126,7 @@ class StreamedTable:
         if missing:
             wanted = unique[missing]
             start = perf_counter()
-            fresh = self.read_parallel(wanted)
+            fresh = self.read(wanted)
             self.counters.wait_s += perf_counter() - start
             self.counters.bytes_read += fresh.nbytes
             found[missing] = fresh
@@ -139,7 +138,7 @@ class StreamedTable:
         wanted = tuple(row for row in distinct if row not in self.slots)
         # Rows the cache could not hold until they are asked for would be read twice.
         if wanted and self.pending is None and len(wanted) <= self.cache.shape[0]:
-            self.pending = (wanted, self.ahead.submit(self.read_parallel, np.asarray(wanted)))
+            self.pending = (wanted, self.ahead.submit(self.read, np.asarray(wanted)))
 
     def settle(self) -> None:
         """Takes in what was prefetched; an error of that read is raised here, by the token that needed it."""
@@ -153,18 +152,20 @@ class StreamedTable:
         self.arrived.update(wanted)
         self.keep(np.asarray(wanted), rows)
 
-    def read_parallel(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of distinct ids, ascending; by several threads when there are many."""
-        readers = min(READERS, len(ids) // ROWS_PER_READER)
-        if readers < 2:
-            return self.read_some(ids)
-        return np.concatenate(list(self.pool.map(self.read_some, np.array_split(ids, readers))))
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of distinct ids, ascending: all asked for at once, then read one by one as they arrive."""
+        window = Window.of(((i, i + 1) for i in ids.tolist()), self.cols)
+        if len(ids) < ROWS_PER_READER or self.shards.advise(self.tensor, window):
+            return self.read_window(window)
+        shares = np.array_split(ids, min(READERS, len(ids) // ROWS_PER_READER))
+        with ThreadPoolExecutor(len(shares)) as pool:
+            windows = (Window.of(((i, i + 1) for i in share.tolist()), self.cols) for share in shares)
+            return np.concatenate(list(pool.map(self.read_window, windows)))
 
-    def read_some(self, ids: np.ndarray) -> np.ndarray:
-        """One thread's share: one read per row and run of columns, nothing in between."""
-        out = np.empty((len(ids), self.width), self.cache.dtype)
-        rows = Window.of(((i, i + 1) for i in ids.tolist()), self.cols)
-        self.shards.read_window(self.tensor, rows, out)
+    def read_window(self, window: Window) -> np.ndarray:
+        """One read per row and run of columns, nothing in between."""
+        out = np.empty(window.shape, self.cache.dtype)
+        self.shards.read_window(self.tensor, window, out)
         return out
 
     def keep(self, ids: np.ndarray, rows: np.ndarray) -> None:
@@ -179,5 +180,4 @@ class StreamedTable:
 
     def close(self) -> None:
         self.ahead.shutdown(wait=True, cancel_futures=True)
-        self.pool.shutdown(wait=True, cancel_futures=True)
         self.pending = None
