@@ -86,8 +86,8 @@ class MemoryTable:
 class StreamedTable:
     """Rows read by offset when they are needed, through a cache of at most ``cache_bytes``.
 
-    A batch is deduplicated and its reads are queued with the kernel together; the rows of the next token, or of the next
-    chunk, are fetched while those before are still being dealt with. Every read is checked for its length by the shard
+    A batch is deduplicated and its reads are queued with the kernel together. The rows of the next token, or of the
+    next chunk, are fetched while those before are being dealt with. Every read is checked for its length by the shard
     reader.
     """
 
