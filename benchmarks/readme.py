@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edge.budget.plan import Floor, Request, choose, enumerate_plans
+from edge.budget.plan import Floor, Request, enumerate_plans, pick
 from edge.cli.show import plan_lines, plan_table
 from loaders.checkpoint import Checkpoint, file_name
 from loaders.families import families, family_of
@@ -87,8 +87,7 @@ def plan() -> str:
     checkpoint = shapes_only(CONFIGS / "gemma-3n-E4B.json")
     request = Request(budget=8 * 10**9)
     plans = enumerate_plans(checkpoint, request, EXAMPLE_FLOOR)
-    chosen = choose(checkpoint, request, EXAMPLE_FLOOR)
-    chosen = next(p for p in plans if p == chosen)
+    chosen = pick(plans, request)
     out = io.StringIO()
     console = Console(file=out, width=160, no_color=True, highlight=False)
     console.print(plan_table([p for p in plans if p.context == chosen.context], chosen, request))

@@ -65,8 +65,8 @@ class Event:
 class Stepper(Protocol):
     """What the loop needs of a session."""
 
-    def step(self, ids: Sequence[int]) -> np.ndarray:
-        """Appends ids; logits of the last."""
+    def feed(self, ids: Sequence[int], cancelled: Callable[[], bool]) -> np.ndarray | None:
+        """Appends ids; logits of the last, or None when it was cancelled on the way."""
 
     def prefetch(self, token: int) -> None:
         """The next token is known."""
@@ -105,10 +105,10 @@ def generate(
     """
     recent, produced = list(history), 0
     start = perf_counter()
-    logits = session.step(prompt)
+    logits = session.feed(prompt, cancelled)
     finish: Finish = "length"
     while produced < max_tokens:
-        if cancelled():
+        if logits is None or cancelled():
             finish = "interrupted"
             break
         token = sampler(logits, recent)
@@ -129,5 +129,5 @@ def generate(
         yield Event(decoder.push(token), token, produced - 1, None, timing)
         if not more:
             break
-        logits = session.step([token])
+        logits = session.feed([token], cancelled)
     yield Event(decoder.finish(), None, produced, finish, timing)

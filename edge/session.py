@@ -102,19 +102,24 @@ class Session:
 
         Raises Usage for ids outside the vocabulary or more than the context still holds.
         """
+        out = self.feed(ids, lambda: False)
+        assert out is not None
+        return out
+
+    def feed(self, ids: Sequence[int] | np.ndarray, cancelled: Callable[[], bool]) -> np.ndarray | None:
+        """As ``step``, but asks between chunks whether to go on, and gives None when not."""
         found = self.checked(ids, self.room)
         starts = range(0, len(found), self.engine.chunk)
         out = np.empty((0, 0), np.float32)
         for start in starts:
             part, following = found[start : start + self.engine.chunk], found[start + self.engine.chunk :]
-            if len(following):
-                self.engine.prefetch(following[: self.engine.chunk].tolist())
-            out = self.engine.forward(part, "last" if start == starts[-1] else "none")
+            ahead = following[: self.engine.chunk].tolist()
+            out = self.engine.forward(part, "last" if start == starts[-1] else "none", ahead)
             self.tokens.extend(part.tolist())
             if len(starts) > 1:
                 self.notify("prefill", start + len(part), len(found))
-            if self._cancelled and start != starts[-1]:
-                raise KeyboardInterrupt
+            if start != starts[-1] and cancelled():
+                return None
         self.sample_device()
         return out[0]
 
@@ -150,8 +155,8 @@ class Session:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if max_tokens < 1:
             raise Usage(max_tokens, field="max_tokens", expected="1 or more")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self.checked(ids, self.plan.context)
+        encoded = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids: list[int] = self.checked(encoded, self.plan.context).tolist()
         known = len(self.tokens)
         if not 0 < known < len(ids) or ids[:known] != self.tokens:
             self.reset()

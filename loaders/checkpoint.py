@@ -6,6 +6,7 @@ Opening reads headers only. A weight is read later, window by window, straight i
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -47,7 +48,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         path = folder / "config.json"
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes a name too long as absent
             raise MissingFile("no such folder", file=folder, expected="a checkpoint folder with config.json")
         raw = read_json(path)
         config = Config(raw, str(path))
@@ -85,8 +86,9 @@ class Checkpoint:
         head, embed = self.shards.tensors[name], self.where["embed"]
         same = head.shape == embed.shape and head.dtype == embed.dtype
         if same:
-            rows = min(HEAD_ROWS, head.shape[0])
-            sample = Window.of(((0, rows),), ((0, head.shape[1]),))
+            last = head.shape[0] - 1
+            rows = sorted({i * last // (HEAD_ROWS - 1) for i in range(HEAD_ROWS)})
+            sample = Window.of(((i, i + 1) for i in rows), ((0, head.shape[1]),))
             a, b = (np.empty(sample.shape, RAW[head.dtype]) for _ in range(2))
             self.shards.read_window(head, sample, a)
             self.shards.read_window(embed, sample, b)

@@ -20,7 +20,18 @@ from transformers.utils import logging
 import edge
 from edge.session import Session
 from tests import makers
+from tests.shared import TALE
 from tests.shrink import real, shrink
+
+collect_ignore = [] if TALE.is_dir() else ["test_tale.py"]
+
+
+def pytest_report_header() -> str:
+    """Whether the trained checkpoint beside the repository takes part."""
+    return (
+        f"trained checkpoint: {'found' if TALE.is_dir() else 'not beside the repository, test_tale.py not collected'}"
+    )
+
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

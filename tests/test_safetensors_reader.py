@@ -36,6 +36,7 @@ from loaders.errors import (
     Unsupported,
     Usage,
 )
+from loaders.formats.buffers import from_float32, to_float32
 from loaders.formats.safetensors import (
     INDEX,
     ITEMSIZE,
@@ -43,11 +44,9 @@ from loaders.formats.safetensors import (
     Shards,
     Tensor,
     Window,
-    Writer,
-    from_float32,
     read_header,
-    to_float32,
 )
+from loaders.formats.safetensors_writer import Writer
 
 REPO = Path(__file__).parent.parent
 MIB = 1 << 20

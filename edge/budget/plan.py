@@ -6,17 +6,19 @@ plan, and more budget never gives a worse one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from edge.budget.price import components
 from edge.budget.quality import Quality, qualities
 from edge.budget.units import format_bytes
+from edge.store.weights import weights_bytes
 from loaders.checkpoint import Checkpoint
 from loaders.errors import Usage, WontFit
 from loaders.families import NamedSlice
 from loaders.network.matformer import Slice, sliced
+from loaders.network.tensors import tensors
 from loaders.slices import candidates, resolve
 
 PRECISIONS = ("float32", "bf16")
@@ -123,18 +125,21 @@ def enumerate_plans(checkpoint: Checkpoint, request: Request, floor: Floor) -> l
     model = checkpoint.model
     slices = wanted_slices(checkpoint, request.slice)
     ranked = sorted(zip(slices, qualities(model, slices), strict=True), key=lambda pair: -pair[1].score)
+    precisions = wanted_precisions(checkpoint, request.precision)
+    smaller = {named.slice: sliced(model, named.slice) for named in slices}
+    # The same for every context, tier and chunk, and what takes the time.
+    weights = {(s, p): weights_bytes(tensors(small), p) for s, small in smaller.items() for p in precisions}
     found: list[Plan] = []
     for context in wanted_contexts(model.context, request.context):
         block: list[Plan] = []
         for named, quality in ranked:
-            small = sliced(model, named.slice)
-            for precision in wanted_precisions(checkpoint, request.precision):
+            for precision in precisions:
+                kv = precision if request.kv == "auto" else one_of("--kv", request.kv, PRECISIONS)
                 for tier in wanted_tiers(checkpoint, request):
                     for chunk in CHUNKS[request.device]:
-                        kv = precision if request.kv == "auto" else request.kv
                         priced = components(
-                            checkpoint, named.slice, small,
-                            precision=precision, kv=kv, tier=tier, context=context, chunk=min(chunk, context),
+                            checkpoint, named.slice, smaller[named.slice], weights=weights[named.slice, precision],
+                            kv=kv, tier=tier, context=context, chunk=min(chunk, context),
                         )  # fmt: skip
                         device, host = split(priced, floor, tier, request.device)
                         block.append(
@@ -172,8 +177,12 @@ def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple
 
 
 def choose(checkpoint: Checkpoint, request: Request, floor: Floor) -> Plan:
-    """The best plan that fits. Raises WontFit, naming the smallest there is, before anything is loaded."""
-    plans = enumerate_plans(checkpoint, request, floor)
+    """The best plan that fits. Raises WontFit, naming the nearest there is, before anything is loaded."""
+    return pick(enumerate_plans(checkpoint, request, floor), request)
+
+
+def pick(plans: Sequence[Plan], request: Request) -> Plan:
+    """The first of the enumerated plans that fits. Raises WontFit."""
     for plan in plans:
         if plan.over(request) <= 0:
             return plan

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 import click
 
@@ -19,7 +20,7 @@ INTERRUPTED, BUG, IO, MEMORY = 130, 70, 74, 81
 
 
 class Lazy(click.Group):
-    """Imports a command's file when the command is used: ``edge --help`` loads none of them."""
+    """Imports the commands' files when the command line is read; none of them imports torch."""
 
     commands_in = ("run", "plan", "inspect", "slice")
 
@@ -50,10 +51,20 @@ def app(debug: bool) -> None:
 def run_app(args: Sequence[str]) -> int:
     """Runs one command; returns the exit code."""
     debug = "--debug" in args
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A character that a terminal's encoding lacks is no reason to stop.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        result = app.main(args=[a for a in args if a != "--debug"], prog_name="edge", standalone_mode=False)
+        # Not app.main: it would handle some errors itself, a closed pipe among them.
+        with app.make_context("edge", [a for a in args if a != "--debug"]) as context:
+            result = app.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(f"{error.format_message()}\n")
+        return 2
     except BrokenPipeError:
         # Whoever read our output has had enough; the interpreter must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from edge import engine as engines
-from edge.budget.plan import choose, enumerate_plans
+from edge.budget.plan import enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.options import planning, wanted
 from edge.cli.show import distinct, plan_lines, plan_table, print_json, stdout
@@ -40,7 +40,7 @@ def command(model: str, as_json: bool, device: str, engine: str, **flags: Any) -
     refusal: WontFit | None = None
     chosen = None
     try:
-        chosen = next(plan for plan in plans if plan == choose(checkpoint, request, floor))
+        chosen = pick(plans, request)
     except WontFit as error:
         refusal = error
     if as_json:

@@ -19,6 +19,7 @@ from edge.chat import Conversation
 from edge.cli.options import planning, wanted
 from edge.cli.show import plan_lines, print_json, progress, safe, statistics, stderr
 from edge.generate import Event
+from edge.sampling import Sampler, Sampling
 from edge.session import Session, open_session
 from loaders.errors import Usage
 
@@ -77,14 +78,15 @@ def command(**flags: Any) -> int:
     names = ("budget", "ram_budget", "context", "slice", "precision", "ple", "kv")
     want = wanted(**{name: flags[name] for name in names})
     loud = not (flags["quiet"] or flags["as_json"])
-    if want.note and loud:
-        console.print(want.note, markup=False)
+    check(flags)
     with progress(console, loud) as notify:
         session = open_session(
             Path(flags["model"]), want.request, flags["device"], flags["engine"], notify=notify, started=started
         )
     with session:
         if loud:
+            if want.note:
+                console.print(want.note, markup=False)
             for line in plan_lines(session.plan, session.request, best_plan(session)):
                 console.print(line, markup=False)
         options = sampling(session, flags)
@@ -115,6 +117,15 @@ def read_prompt(positional: str | None, flag: str | None) -> str | None:
     return prompt
 
 
+def check(flags: dict[str, Any]) -> None:
+    """Raises Usage for a flag that no checkpoint could make sense of, before anything is loaded."""
+    if flags["limit"] < -1 or flags["limit"] == 0:
+        raise Usage(flags["limit"], field="-n", expected="1 or more, or -1 for no limit")
+    given = {"repetition_penalty": flags["repeat_penalty"]}
+    given |= {name: flags[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    Sampler(Sampling(**{name: value for name, value in given.items() if value is not None}), flags["seed"])
+
+
 def sampling(session: Session, flags: dict[str, Any]) -> dict[str, Any]:
     """Flags first, then what the checkpoint recommends, then llama.cpp's defaults."""
     d = session.defaults
@@ -122,8 +133,6 @@ def sampling(session: Session, flags: dict[str, Any]) -> dict[str, Any]:
     def pick(flag: Any, recommended: Any, default: Any) -> Any:
         return next(value for value in (flag, recommended, default) if value is not None)
 
-    if flags["limit"] < -1 or flags["limit"] == 0:
-        raise Usage(flags["limit"], field="-n", expected="1 or more, or -1 for no limit")
     seed = flags["seed"]
     return {
         "max_tokens": flags["limit"] if flags["limit"] > 0 else session.plan.context,

@@ -34,7 +34,8 @@ def stdout() -> Console:
 
 def print_json(value: Any) -> None:
     """One object and nothing else."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, ensure_ascii=not unicode, allow_nan=False) + "\n")
 
 
 def safe(text: str) -> str:

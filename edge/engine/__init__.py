@@ -39,7 +39,7 @@ class Runtime:
     def floor(self) -> Floor:
         """What is resident now, before any weight, rounded up."""
         resident = read_process()
-        host = -(-(max(resident.rss, resident.peak_rss) + resident.swap + 2 * MIB) // STEP) * STEP
+        host = -(-(resident.rss + resident.swap + MIB) // STEP) * STEP
         return Floor(host, -(-(self.device_delta() or 0) // STEP) * STEP)
 
     def device_delta(self) -> int | None:

@@ -21,8 +21,11 @@ class Engine(Protocol):
     def position(self) -> int:
         """Tokens in the cache."""
 
-    def forward(self, ids: np.ndarray, want: Want) -> np.ndarray:
-        """Appends ids int64 [t] to the cache; float32 logits [t, vocab], [1, vocab] or [0, vocab] as wanted."""
+    def forward(self, ids: np.ndarray, want: Want, ahead: Sequence[int] = ()) -> np.ndarray:
+        """Appends ids int64 [t] to the cache; float32 logits [t, vocab], [1, vocab] or [0, vocab] as wanted.
+
+        ``ahead`` comes next: what it needs may be fetched while this is computed.
+        """
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits [t, vocab] of every position of ids [t], in a cache of their own."""

@@ -26,6 +26,10 @@ class StaticCache:
         self.cache, self.limit = cache, limit
         self.positions = torch.zeros(1, dtype=torch.int64, device=cache.device)
         self.masks: dict[int, torch.Tensor] = {}
+        # A masked slot still enters a product, with weight zero: what was never written must not be a NaN.
+        for pair in cache.layers.values():
+            for held in pair:
+                held[:, cache.start :].zero_()
 
     def begin(self) -> None:
         """A new pass: what is visible has changed."""

@@ -52,9 +52,12 @@ class TorchEngine:
         """Tokens in the cache."""
         return self.cache.start
 
-    def forward(self, ids: np.ndarray, want: Want) -> np.ndarray:
-        """Appends one chunk of ids to the cache; float32 logits of all, of the last, or [0, vocab] for none."""
-        return self.run(ids, self.cache, want)
+    def forward(self, ids: np.ndarray, want: Want, ahead: Sequence[int] = ()) -> np.ndarray:
+        """Appends one chunk of ids to the cache; float32 logits of all, of the last, or [0, vocab] for none.
+
+        The rows of ``ahead``, the next chunk, are fetched while this one is computed.
+        """
+        return self.run(ids, self.cache, want, ahead)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits [t, vocab] of every position, in a cache of their own."""
@@ -66,10 +69,12 @@ class TorchEngine:
         return out
 
     @torch.inference_mode()
-    def run(self, ids: np.ndarray, cache: KVCache, want: Want) -> np.ndarray:
+    def run(self, ids: np.ndarray, cache: KVCache, want: Want, ahead: Sequence[int] = ()) -> np.ndarray:
         """One pass over ids [t], t at most a chunk."""
         cache.begin(len(ids))
         tokens, ple = torch.from_numpy(ids).to(self.torch_device), self.ple(ids)
+        if len(ahead):
+            self.prefetch(ahead)
         if self.graphs and cache is self.cache and len(ids) == 1 and want != "none":
             out = self.decode(tokens, ple)
         else:

@@ -9,13 +9,12 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional
 
+from edge.budget.price import TILE_BYTES
 from edge.engine.kv import Keys
 from loaders.network.spec import Activation, Rope
 
 # A mask over keys is built for this many bytes of (query, key) pairs at a time.
 MASK_BYTES = 8 << 20
-# Where a processor has no bfloat16 arithmetic, products of more than one token go through float32 tiles of this size.
-TILE_BYTES = 8 << 20
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -48,7 +47,7 @@ class TorchOps:
         return self.tiled(x, weight)
 
     def tiled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [..., in] times a 16-bit weight, widened a tile of rows at a time; float32 throughout."""
+        """x [..., in] times a 16-bit weight, widened a tile of rows at a time: few CPUs have bfloat16 arithmetic."""
         rows, width = weight.shape
         step = max(1, min(rows, TILE_BYTES // 4 // width))
         if self.tile.numel() < step * width:

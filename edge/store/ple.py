@@ -108,8 +108,10 @@ class StreamedTable:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         ids = in_table(ids, self.count)
-        self.settle()
         unique, inverse = np.unique(ids, return_inverse=True)
+        # What is on its way for others: neither its wait nor its error is for these rows.
+        if self.pending is not None and np.isin(unique, self.pending[0]).any():
+            self.settle()
         found = np.empty((len(unique), self.width), self.cache.dtype)
         missing, ahead = [], 0
         for i, row in enumerate(unique.tolist()):
@@ -134,6 +136,10 @@ class StreamedTable:
         return found[inverse]
 
     def prefetch(self, ids: Sequence[int]) -> None:
+        if self.pending is not None and self.pending[1].done():
+            if self.pending[1].exception() is None:
+                self.settle()
+            self.pending = None
         distinct = np.unique(in_table(np.asarray(ids, np.int64), self.count)).tolist()
         wanted = tuple(row for row in distinct if row not in self.slots)
         # Rows the cache could not hold until they are asked for would be read twice.

@@ -73,18 +73,28 @@ def head_dim(config: Config, dim: int, q: int, default: int | None = None) -> in
 
 def rope(config: Config, dim: int, context: int, theta: float = 10_000.0) -> Rope:
     """Rotary positions in the new spelling (rope_parameters) or the old (rope_theta and rope_scaling)."""
-    if config.has("rope_parameters"):
-        sub = config.sub("rope_parameters")
-        assert sub is not None
-        # transformers keeps the old spelling beside the new one in some versions; both must then agree.
-        outer = config.float("rope_theta", default=None, low=0.0) if config.has("rope_theta") else None
-        config.ignore("rope_scaling")
-        return rope_of(sub, dim, context, outer if outer is not None else theta)
-    theta = config.float("rope_theta", default=theta, low=0.0)
-    scaling = config.sub("rope_scaling", default=None)
-    if scaling is None:
-        return Rope(theta, dim)
-    return rope_of(scaling, dim, context, theta)
+    return agreed(
+        config, config.sub("rope_parameters", default=None), "rope_theta", "rope_scaling", dim, context, theta
+    )
+
+
+def agreed(
+    config: Config, new: Config | None, base: str, scaling: str | None, dim: int, context: int, theta: float
+) -> Rope:
+    """One rotation from both spellings. Files may carry the old one beside the new; the two must then agree."""
+    outer = config.float(base, default=None, low=0.0)
+    old = config.sub(scaling, default=None) if scaling is not None else None
+    theta = theta if outer is None else outer
+    if new is None:
+        return Rope(theta, dim) if old is None else rope_of(old, dim, context, theta)
+    found = rope_of(new, dim, context, theta)
+    if outer is not None and found.theta != outer:
+        raise BadCheckpoint(
+            outer, file=config.file, field=config.field(base), expected=f"{found.theta} as in rope_parameters"
+        )
+    if old is not None and rope_of(old, dim, context, found.theta) != found:
+        raise BadCheckpoint("other than rope_parameters", file=config.file, field=config.field(str(scaling)))
+    return found
 
 
 def rope_of(sub: Config, dim: int, context: int, theta: float) -> Rope:

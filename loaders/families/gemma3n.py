@@ -7,7 +7,7 @@ from typing import Any
 
 from loaders.errors import BadCheckpoint
 from loaders.families import Family
-from loaders.families.common import ATTENTION_NAMES, QK_NORM_NAMES, common, count, eps, head_dim, heads, rope_of, vocab
+from loaders.families.common import ATTENTION_NAMES, QK_NORM_NAMES, agreed, common, count, eps, head_dim, heads, vocab
 from loaders.families.gemma3n_slices import nested, slices
 from loaders.formats.config import Config
 from loaders.network.matformer import Slice
@@ -42,7 +42,10 @@ NAMES = {
 
 # Only matched for tensors no layer asked for: layers that own keys and values consume theirs.
 UNSHARED = "a layer that shares keys and values has no use for its own"
-IGNORE = {f"*layers.*.self_attn.{name}.weight": UNSHARED for name in ("k_proj", "v_proj", "k_norm")}
+IGNORE = {
+    **{f"*layers.*.self_attn.{name}.weight": UNSHARED for name in ("k_proj", "v_proj", "k_norm")},
+    "*layers.*.altup.correct_output_scale": "altup_correct_scale is off",
+}
 
 TEXT_ONLY = ("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*")
 
@@ -58,7 +61,8 @@ def parse(config: Config) -> Model:
         text = sub
         text.expect("model_type", "gemma3n_text")
     common(text)
-    text.ignore("query_pre_attn_scalar", "altup_coef_clip")  # the scale is 1; clipping happens in training only
+    # The scale is 1; clipping and learning rates belong to training.
+    text.ignore("query_pre_attn_scalar", "altup_coef_clip", "altup_lr_multiplier")
     text.expect("hidden_activation", "gelu_pytorch_tanh")
     layers = parse_layers(text)
     dim = text.int("hidden_size", default=2048, high=1 << 20)
@@ -173,20 +177,11 @@ def kv_sources(text: Config, kinds: tuple[str, ...]) -> list[int | None]:
 
 def ropes(text: Config, head: int, context: int) -> dict[str, Rope]:
     """Two bases: short for sliding layers, long for full ones; in the new spelling or the old."""
-    if text.has("rope_parameters"):
-        both = text.sub("rope_parameters")
-        assert both is not None
-        text.ignore("rope_theta", "rope_local_base_freq", "rope_scaling")
-        found = {}
-        for kind, theta in ((SLIDING, 10_000.0), (FULL, 1_000_000.0)):
-            sub = both.sub(kind, default=None)
-            found[kind] = Rope(theta, head) if sub is None else rope_of(sub, head, context, theta)
-        return found
-    theta = text.float("rope_theta", default=1_000_000.0, low=0.0)
-    scaling = text.sub("rope_scaling", default=None)
+    both = text.sub("rope_parameters", default=None)
+    new = {kind: None if both is None else both.sub(kind, default=None) for kind in (SLIDING, FULL)}
     return {
-        SLIDING: Rope(text.float("rope_local_base_freq", default=10_000.0, low=0.0), head),
-        FULL: Rope(theta, head) if scaling is None else rope_of(scaling, head, context, theta),
+        SLIDING: agreed(text, new[SLIDING], "rope_local_base_freq", None, head, context, 10_000.0),
+        FULL: agreed(text, new[FULL], "rope_theta", "rope_scaling", head, context, 1_000_000.0),
     }
 
 

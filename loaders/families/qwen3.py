@@ -47,8 +47,9 @@ def windows(config: Config, layers: int) -> list[int | None]:
     """The window of each layer; None sees everything."""
     on = config.bool("use_sliding_window", default=False)
     first = config.int("max_window_layers", default=28, low=0)
-    window = config.int("sliding_window", default=4096) if config.has("sliding_window") and on else None
-    config.ignore("sliding_window")
+    # Absent, transformers' default holds; an explicit null switches windows off.
+    null = config.raw("sliding_window") is None and "sliding_window" in config.data
+    window = config.int("sliding_window", default=4096) if on and not null else None
     default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(layers))
     kinds = config.strings(
         "layer_types", length=layers, default=default, choices=("full_attention", "sliding_attention")

@@ -345,21 +345,16 @@ class Shards:
             self.bytes_read += len(view)
 
     def advise(self, tensor: Tensor, window: Window) -> bool:
-        """Asks the kernel to start reading a window of whole rows or columns, all of it at once, and returns.
-
-        A read that follows finds the bytes under way: queued by the kernel, which beats threads of ours that wait for
-        one row each. False, and nothing started, where the system takes no such advice.
-        """
+        """Asks the kernel to start reading all of a window, and returns; False where it takes no such advice."""
         if not hasattr(os, "posix_fadvise") or window.cols is None:
             return False
         width, item = math.prod(tensor.shape[1:]), tensor.itemsize
-        with self._descriptor(tensor.shard, True) as fd:
-            for first, stop in window.rows:
-                for row in range(first, stop):
-                    for a, b in window.cols:
-                        at = tensor.offset + (row * width + a) * item
-                        os.posix_fadvise(fd, at, (b - a) * item, os.POSIX_FADV_WILLNEED)
-        return True
+        rows = (row for first, stop in window.rows for row in range(first, stop))
+        with self._descriptor(tensor.shard, True) as fd, suppress(OSError):
+            for at, n in ((row * width + a, b - a) for row in rows for a, b in window.cols):
+                os.posix_fadvise(fd, tensor.offset + at * item, n * item, os.POSIX_FADV_WILLNEED)
+            return True
+        return False
 
     def read_window(self, tensor: Tensor, window: Window, out: npt.NDArray[Any]) -> None:
         """Fills ``out``, C-contiguous raw storage of the window's shape and the tensor's item size.

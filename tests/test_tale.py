@@ -1,0 +1,117 @@
+"""The small trained checkpoint beside the repository: a file none of our code made, with figures we did not choose.
+
+Collected only where ``../shared`` is; the report's header says when it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import edge
+from edge.cli.app import run_app
+from edge.session import Session
+from tests.shared import CORPUS, TALE
+
+PROMPT = "Once upon a time, there was a"
+WINDOW = 512
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    from transformers import Gemma3nForCausalLM
+
+    return Gemma3nForCausalLM.from_pretrained(TALE, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[Session]:
+    with edge.load(TALE, precision="float32") as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def heldout(exact: Session) -> np.ndarray:
+    with lzma.open(CORPUS / "heldout.txt.xz", "rt", encoding="utf-8") as file:
+        text = file.read(40_000)[20_000:]
+    return np.array(exact.tokenizer.encode(text)[: 6 * WINDOW])
+
+
+def loss(session: Session, ids: np.ndarray) -> float:
+    """Nats per token over windows that do not overlap."""
+    total, count = 0.0, 0
+    for window in ids.reshape(-1, WINDOW):
+        logits = session.logits(window).astype(np.float64)[:-1]
+        peak = logits.max(-1)
+        partition = np.log(np.exp(logits - peak[:, None]).sum(-1)) + peak
+        total += float((partition - logits[np.arange(WINDOW - 1), window[1:]]).sum())
+        count += WINDOW - 1
+    return total / count
+
+
+@pytest.mark.parametrize("tier", ["device", "ram", "ssd"])
+def test_logits_agree_with_transformers(reference: Any, tier: str) -> None:
+    ids = np.random.default_rng(0).integers(4, 8192, 300)
+    with torch.no_grad():
+        want = reference(torch.from_numpy(ids)[None]).logits[0].numpy()
+    bound = 1e-4 * np.abs(want).max()
+    with edge.load(TALE, precision="float32", ple=tier) as session:
+        assert np.abs(session.logits(ids) - want).max() <= bound
+        session.engine.chunk = 48
+        assert np.abs(session.step(ids[:200]) - want[199]).max() <= bound
+        for i in range(200, 300):
+            assert np.abs(session.step(ids[i : i + 1]) - want[i]).max() <= bound
+
+
+def test_greedy_text_is_transformers_own(reference: Any, exact: Session) -> None:
+    ids = torch.tensor([exact.tokenizer.encode(PROMPT)])
+    with torch.no_grad():
+        want = reference.generate(ids, max_new_tokens=150, do_sample=False)[0, ids.shape[1] :].tolist()
+    events = list(exact.generate(PROMPT, max_tokens=150))
+    tokens = [event.token for event in events if event.token is not None]
+    assert tokens == want[: len(tokens)]
+    assert len(tokens) == 150 or events[-1].finish == "stop"
+    assert "".join(event.text for event in events) == exact.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(("part", "nats"), [("full", 3.357), ("half", 3.358), ("quarter", 3.871)])
+def test_heldout_loss_is_what_was_published_with_it(heldout: np.ndarray, part: str, nats: float) -> None:
+    with edge.load(TALE, precision="float32", slice=part) as session:
+        assert loss(session, heldout) == pytest.approx(nats, abs=0.0006)
+
+
+def test_the_table_earns_its_bytes(heldout: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    with edge.load(TALE, precision="float32") as session:
+        gather = session.engine.rows.gather
+        monkeypatch.setattr(session.engine.rows, "gather", lambda ids: torch.zeros_like(gather(ids)))
+        assert loss(session, heldout) == pytest.approx(3.916, abs=0.0006)
+
+
+def test_bf16_costs_next_to_nothing(heldout: np.ndarray) -> None:
+    with edge.load(TALE, precision="bf16") as session:
+        assert loss(session, heldout) == pytest.approx(3.357, abs=0.005)
+
+
+def test_a_budget_just_above_the_floor_gives_something_up_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["run", str(TALE), "Once upon a time", "-n", "12", "--temp", "0", "--device", "cpu"]
+    assert run_app(["plan", str(TALE), "--budget", "20GB", "--device", "cpu", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    full, least = planned["plan"]["total_bytes"], min(c["total_bytes"] for c in planned["candidates"])
+    assert planned["plan"]["slice"] == "full"
+    # The floor of a process that runs tests grows, so the budget leaves room for that.
+    assert run_app([*run, "--budget", str((full + 3 * least) // 4)]) == 0
+    told = capsys.readouterr().err
+    assert "to fit: " in told
+    assert "slice full -> " in told or "PLE table ram -> ssd" in told
+    assert "peak memory:" in told
+    assert run_app([*run, "--budget", str(least // 2)]) == 80
+    refused = capsys.readouterr()
+    assert refused.out == ""
+    assert refused.err.startswith("edge: error: nothing fits --budget")
+    assert refused.err.count("\n") == 1
