@@ -14,8 +14,10 @@ fix:
 	ruff check --fix .
 	$(PYTHON) -m benchmarks.readme
 
+MODEL ?= ../shared/models/tale-3n
+
 bench:
-	$(PYTHON) -m benchmarks.run
+	$(PYTHON) -m benchmarks.run $(MODEL)
 
 slow:
 	pytest -q -m slow

@@ -10,7 +10,7 @@ from loaders.network.tensors import PLE_TABLE
 
 # The row cache of the ssd tier: enough for the words a text keeps coming back to.
 ROW_CACHE = 16 << 20
-# Measured on a model of 27 million parameters and on one of E2B's shapes: benchmarks/cpu.py repeats it.
+# Measured on a model of 27 million parameters and on one of E2B's shapes: benchmarks/run.py repeats it.
 SCRATCH = 8 << 20
 TILES = 6
 TILE_BYTES = 8 << 20
