@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,6 @@ import pytest
 import torch
 
 import edge
-from edge.cli.app import run_app
 from edge.session import Session
 from tests.shared import CORPUS, TALE
 
@@ -98,20 +99,27 @@ def test_bf16_costs_next_to_nothing(heldout: np.ndarray) -> None:
         assert loss(session, heldout) == pytest.approx(3.357, abs=0.005)
 
 
-def test_a_budget_just_above_the_floor_gives_something_up_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    run = ["run", str(TALE), "Once upon a time", "-n", "12", "--temp", "0", "--device", "cpu"]
-    assert run_app(["plan", str(TALE), "--budget", "20GB", "--device", "cpu", "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, whose memory no other test has touched."""
+    line = [sys.executable, "-m", "edge", *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_a_budget_just_above_the_floor_gives_something_up_and_says_so() -> None:
+    planned = json.loads(command("plan", TALE, "--budget", "20GB", "--device", "cpu", "--json").stdout)
     full, least = planned["plan"]["total_bytes"], min(c["total_bytes"] for c in planned["candidates"])
     assert planned["plan"]["slice"] == "full"
-    # The floor of a process that runs tests grows, so the budget leaves room for that.
-    assert run_app([*run, "--budget", str((full + 3 * least) // 4)]) == 0
-    told = capsys.readouterr().err
-    assert "to fit: " in told
-    assert "slice full -> " in told or "PLE table ram -> ssd" in told
-    assert "peak memory:" in told
-    assert run_app([*run, "--budget", str(least // 2)]) == 80
-    refused = capsys.readouterr()
-    assert refused.out == ""
-    assert refused.err.startswith("edge: error: nothing fits --budget")
-    assert refused.err.count("\n") == 1
+    run = ("run", TALE, "Once upon a time", "-n", 12, "--temp", 0, "--device", "cpu", "--budget")
+    tight = command(*run, (full + 2 * least) // 3)
+    assert tight.returncode == 0
+    assert tight.stdout.strip()
+    assert "to fit: " in tight.stderr
+    assert "slice full -> " in tight.stderr or "PLE table ram -> ssd" in tight.stderr
+    assert "peak memory:" in tight.stderr
+    kept = json.loads(command(*run, (full + 2 * least) // 3, "--json").stdout)["memory"]
+    assert kept["peak_bytes"] <= kept["budget_bytes"]
+    refused = command(*run, least // 2)
+    assert refused.returncode == 80
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("edge: error: nothing fits --budget")
+    assert refused.stderr.count("\n") == 1
