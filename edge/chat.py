@@ -25,12 +25,15 @@ class Conversation:
             self.messages.append({"role": "system", "content": system})
 
     def ask(self, text: str, **options: Any) -> Iterator[Event]:
-        """Adds a user turn and yields the reply's events; what was said stays, also when it was interrupted."""
-        self.messages.append({"role": "user", "content": text})
-        ids = encode_chat(self.template, self.session.tokenizer, self.messages)
-        said: list[str] = []
+        """Adds a user turn and yields the reply's events; what was said stays, also when it was interrupted.
+
+        A turn that is refused, because the context cannot hold it, leaves the history as it was.
+        """
+        turns = [*self.messages, {"role": "user", "content": text}]
+        events = self.session.generate(encode_chat(self.template, self.session.tokenizer, turns), **options)
+        self.messages, said = turns, []
         try:
-            for event in self.session.generate(ids, **options):
+            for event in events:
                 said.append(event.text)
                 yield event
         finally:

@@ -35,12 +35,17 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 class Session:
-    """Made by :func:`load`. Not thread-safe; ``cancel()`` may be called from a signal handler or another thread."""
+    """Made by :func:`load`. Not thread-safe; ``cancel()`` may be called from a signal handler or another thread.
+
+    ``template`` is the checkpoint's chat template or None; ``defaults`` its stop tokens and recommended sampling.
+    """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        defaults: GenerationDefaults,
         runtime: engines.Runtime,
         request: Request,
         *,
@@ -49,7 +54,7 @@ class Session:
     ) -> None:
         begun = perf_counter() if started is None else started
         self.checkpoint, self._tokenizer, self.runtime, self.request = checkpoint, tokenizer, runtime, request
-        self.notify = notify
+        self.notify, self.template, self.defaults = notify, template, defaults
         self.floor = runtime.floor()
         self.plan: Plan = choose(checkpoint, request, self.floor)
         planned = {**self.plan.host_bytes, **self.plan.bytes}
@@ -68,16 +73,6 @@ class Session:
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.open(self.checkpoint.folder)
         return self._tokenizer
-
-    @cached_property
-    def template(self) -> ChatTemplate | None:
-        """The checkpoint's chat template, if it has one."""
-        return ChatTemplate.open(self.checkpoint.folder)
-
-    @cached_property
-    def defaults(self) -> GenerationDefaults:
-        """Stop tokens, and sampling where the checkpoint recommends some."""
-        return read_generation(self.checkpoint.folder, self.checkpoint.raw_config)
 
     @property
     def room(self) -> int:
@@ -293,6 +288,10 @@ def open_session(
             file=path / "tokenizer.json",
             expected=f"at most vocab_size={checkpoint.model.vocab}, the rows of the token embedding",
         )
+    # A template or a default that cannot be read is better known before gigabytes are.
+    template, defaults = ChatTemplate.open(path), read_generation(path, checkpoint.raw_config)
     runtime = engines.start(engine, device)
+    if request.ram_budget is not None and runtime.device == "cpu":
+        raise Usage("--ram-budget on a CPU", field="--ram-budget", expected="--budget, which counts all of it there")
     request = replace(request, device=runtime.device, engine=runtime.engine)
-    return Session(checkpoint, tokenizer, runtime, request, notify=notify, started=started)
+    return Session(checkpoint, tokenizer, template, defaults, runtime, request, notify=notify, started=started)

@@ -31,6 +31,7 @@ import edge
 from edge import engine as engines
 from edge.cli.app import run_app
 from loaders.checkpoint import Checkpoint
+from loaders.errors import Usage
 from loaders.text.template import ChatTemplate, encode_chat
 from loaders.text.tokenizer import Tokenizer
 from tests.small import (  # noqa: F401
@@ -366,7 +367,6 @@ BAD_FILES: list[tuple[str, Callable[[Path], None], int, str]] = [
     ("A12 vocab", config_keys(vocab_size=VOCAB + 1), 65, "embed_tokens"),
     ("A13 theta", config_keys(rope_theta=0), 65, "rope_theta"),
     ("A13 scaling", config_keys(rope_scaling={"rope_type": "yarn", "factor": 2.0}), 78, "yarn"),
-    ("A14 context", config_keys(max_position_embeddings=10**12), 65, "max_position_embeddings"),
     ("A15 unknown", config_keys(model_type="bert"), 78, "gemma3n_text, llama, qwen3"),
     ("A15 no text", config_keys(model_type=["gemma3n"]), 78, "model_type"),
     ("A16 quantized", config_keys(quantization_config={"quant_method": "awq"}), 78, "quantization_config"),
@@ -485,7 +485,6 @@ def test_a_file_is_no_model(cli: Cli, gemma3n: Path) -> None:
         (("--ple", "floppy"), 2, "--ple"),
         (("--kv", "int3"), 2, "--kv"),
         (("-c", "0"), 2, "--context"),
-        (("-c", "4096"), 2, "--context"),
         (("-c", "many"), 2, "many"),
         (("-c", "8"), 2, "--context"),
         (("-n", "0"), 2, "-n"),
@@ -1061,3 +1060,22 @@ def test_help_lists_every_command_and_every_flag(cli: Cli) -> None:
         assert flag in run
     assert cli("--version").out.startswith("edge, version ")
     assert all(cli(name, "--help").code == 0 for name in ("run", "plan", "inspect", "slice"))
+
+
+def test_more_context_than_the_model_has_is_cut_and_said(cli: Cli, gemma3n: Path) -> None:
+    done = cli("run", gemma3n, PROMPT, "-n", 2, "--temp", 0, "-c", 4096, "--budget", "64GB")
+    assert done.code == 0
+    assert "context 4096 cut to 2048, the longest this model was made for" in done.err
+
+
+def test_a_turn_that_does_not_fit_leaves_the_chat_as_it_was(chatty: Path) -> None:
+    from edge.chat import Conversation
+
+    with edge.load(chatty, context=64) as session:
+        talk = Conversation(session)
+        first = "".join(event.text for event in talk.ask("hi", max_tokens=3))
+        with pytest.raises(Usage):
+            list(talk.ask("a long question " * 40, max_tokens=3))
+        assert [turn["role"] for turn in talk.messages] == ["user", "assistant"]
+        assert talk.messages[1]["content"] == first
+        assert list(talk.ask("and", max_tokens=3))

@@ -636,3 +636,10 @@ def test_canonical_names_are_complete(name: str) -> None:
     names = [file_name(family, canonical) for canonical in tensors(model)]
     assert len(set(names)) == len(names)
     assert not any("{" in n for n in names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_absurd_context_sizes_nothing(name: str) -> None:
+    raw = real(name)
+    raw.get("text_config", raw)["max_position_embeddings"] = 10**12
+    assert parse(raw).context == 1 << 30

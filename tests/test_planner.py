@@ -283,7 +283,6 @@ def test_a_sixteen_bit_checkpoint_is_not_blown_up_unless_asked() -> None:
 @pytest.mark.parametrize(
     ("pins", "flag"),
     [
-        ({"context": 32_769}, "--context"),
         ({"context": 0}, "--context"),
         ({"context": -1}, "--context"),
         ({"precision": "int4"}, "--precision"),
@@ -305,10 +304,9 @@ def test_pins_that_cannot_be_are_usage_errors_that_name_the_flag(pins: dict[str,
     assert "expected" in str(refused.value)
 
 
-def test_the_longest_context_a_model_was_made_for_can_be_had() -> None:
-    assert plan_for("e4b", None, context=32_768).context == 32_768
-    with pytest.raises(Usage, match="32768"):
-        plan_for("e4b", None, context=32_769)
+def test_no_more_context_than_a_model_was_made_for() -> None:
+    for asked in (32_768, 32_769, 10**12):
+        assert plan_for("e4b", None, context=asked).context == 32_768
 
 
 def test_contexts_to_fall_back_to_stay_below_the_models_own() -> None:
@@ -415,7 +413,7 @@ def gpu(budget: int | None, ram: int | None = None, **pins: Any) -> Plan:
 def test_on_a_gpu_the_table_counts_on_the_host(tier: str) -> None:
     plan = gpu(None, ple=tier)
     assert set(plan.bytes) == {"runtime", "weights", "kv", "activations"}
-    assert plan.bytes["runtime"] == GPU_FLOOR.device
+    assert plan.bytes["runtime"] == GPU_FLOOR.device + planner.DEVICE_SLACK
     assert plan.host_bytes["runtime"] == GPU_FLOOR.host
     assert plan.host_bytes["ple"] == (16 * MIB if tier == "ssd" else 262_144 * len(plan.part.keep) * 512)
     assert plan.host_total_bytes == sum(plan.host_bytes.values())

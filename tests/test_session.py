@@ -538,7 +538,8 @@ def test_a_smaller_budget_takes_a_smaller_model(load: Load, floor: Floor) -> Non
         ({"slice": "E9B"}, Usage, "--slice"),
         ({"ple": "floppy"}, Usage, "--ple"),
         ({"kv": "int3"}, Usage, "--kv"),
-        ({"context": 4096}, Usage, "--context"),
+        ({"context": 0}, Usage, "--context"),
+        ({"ram_budget": "1GB"}, Usage, "--ram-budget"),
     ],
     ids=str,
 )

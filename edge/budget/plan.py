@@ -26,7 +26,7 @@ TIERS = ("device", "ram", "ssd")
 CONTEXTS = (4096, 2048, 1024, 512)
 # A GPU wants long chunks; on a CPU they would only cost memory.
 CHUNKS = {"cpu": (256, 64, 16), "cuda": (1024, 256, 64, 16), "mps": (256, 64, 16)}
-DEFAULT_CONTEXT = CONTEXTS[0]
+DEVICE_SLACK = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple
     """Components by where they lie: (counted against the budget, counted against the RAM budget)."""
     if device == "cpu":
         return {"runtime": floor.host, **priced}, {}
-    on_device = {"runtime": floor.device, **priced}
+    # torch hands out device memory in blocks, and keeps what is left of them.
+    on_device = {"runtime": floor.device + DEVICE_SLACK, **priced}
     host = {"runtime": floor.host}
     if tier != "device":
         on_device.pop("ple")
@@ -234,11 +235,14 @@ def wanted_tiers(checkpoint: Checkpoint, request: Request) -> tuple[str, ...]:
 
 
 def wanted_contexts(most: int, pinned: int | None) -> tuple[int, ...]:
-    """What is asked for, or a comfortable length with shorter ones to fall back to."""
+    """What is asked for, or a comfortable length with shorter ones to fall back to.
+
+    A model gets no more than it was made for, however much is asked: the plan says so.
+    """
     if pinned is not None:
-        if not 1 <= pinned <= most:
-            raise Usage(pinned, field="--context", expected=f"1 to {most}, the longest this model was made for")
-        return (pinned,)
+        if pinned < 1:
+            raise Usage(pinned, field="--context", expected=f"1 or more, at most {most} for this model")
+        return (min(pinned, most),)
     return tuple(dict.fromkeys(min(context, most) for context in CONTEXTS))
 
 

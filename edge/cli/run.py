@@ -245,5 +245,10 @@ def talk(session: Session, ask: Callable[..., Iterator[Event]], options: dict[st
             return 0
         if line.strip() == "/bye":
             return 0
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             answer(session, ask(line, **options), as_json=False, loud=False)
+        except Usage as error:
+            # A history that has outgrown the context ends a turn, not the program.
+            console.print(f"{error} Start again with /bye.", markup=False)

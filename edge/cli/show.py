@@ -68,6 +68,8 @@ def plan_lines(plan: Plan, request: Request, best: Plan) -> list[str]:
     if plan.host_bytes:
         limit = f" of {format_bytes(request.ram_budget)}" if request.ram_budget is not None else ""
         lines[0] += f" on the GPU, {format_bytes(plan.host_total_bytes)}{limit} on the host"
+    if request.context is not None and plan.context < request.context:
+        lines.append(f"      context {request.context} cut to {plan.context}, the longest this model was made for")
     changed = []
     if plan.part != best.part:
         changed.append(f"slice {best.slice} -> {plan.slice}")

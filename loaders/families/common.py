@@ -116,6 +116,11 @@ def count(config: Config) -> int:
     return config.int("num_hidden_layers", high=4096)
 
 
+def context(config: Config, default: int) -> int:
+    """Positions the model was made for. Absurd values are cut: nothing is sized by this number alone."""
+    return min(config.int("max_position_embeddings", default=default, high=1 << 62), 1 << 30)
+
+
 def vocab(config: Config) -> int:
     """Rows of the token embedding."""
     return config.int("vocab_size", high=1 << 24)

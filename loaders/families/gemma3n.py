@@ -7,7 +7,18 @@ from typing import Any
 
 from loaders.errors import BadCheckpoint
 from loaders.families import Family
-from loaders.families.common import ATTENTION_NAMES, QK_NORM_NAMES, agreed, common, count, eps, head_dim, heads, vocab
+from loaders.families.common import (
+    ATTENTION_NAMES,
+    QK_NORM_NAMES,
+    agreed,
+    common,
+    context,
+    count,
+    eps,
+    head_dim,
+    heads,
+    vocab,
+)
 from loaders.families.gemma3n_slices import nested, slices
 from loaders.formats.config import Config
 from loaders.network.matformer import Slice
@@ -80,7 +91,7 @@ def parse(config: Config) -> Model:
         layers=layers,
         eps=eps(text),
         tied=text.bool("tie_word_embeddings", default=True),
-        context=text.int("max_position_embeddings", default=32_768),
+        context=context(text, 32_768),
         embed_scale=sqrt(dim),
         softcap=softcap,
         ple=ple,
@@ -101,7 +112,7 @@ def softcapped(text: Config) -> bool:
 
 def parse_layers(text: Config) -> tuple[Layer, ...]:
     """Every per-layer list, turned into one record per layer."""
-    layers, context = count(text), text.int("max_position_embeddings", default=32_768)
+    layers, positions = count(text), context(text, 32_768)
     q, kv = heads(text)
     head = head_dim(text, q, q, default=256)
     kinds = text.strings(
@@ -113,7 +124,7 @@ def parse_layers(text: Config) -> tuple[Layer, ...]:
     widths = per_layer(text, "intermediate_size", layers)
     sparsity = sparsities(text, layers)
     sources = kv_sources(text, kinds)
-    rotations = ropes(text, head, context)
+    rotations = ropes(text, head, positions)
     window = text.int("sliding_window", default=512)
 
     def attention(i: int) -> Attention:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from loaders.families import Family
-from loaders.families.common import OLD_BUFFERS, PRE_NORM_NAMES, common, count, eps, head_dim, heads, rope, size, vocab
+from loaders.families.common import (
+    OLD_BUFFERS,
+    PRE_NORM_NAMES,
+    common,
+    context,
+    count,
+    eps,
+    head_dim,
+    heads,
+    rope,
+    size,
+    vocab,
+)
 from loaders.formats.config import Config
 from loaders.network.spec import Attention, Gated, Layer, Model
 
@@ -17,8 +29,8 @@ def parse(config: Config) -> Model:
     dim = size(config, "hidden_size")
     q, kv = heads(config)
     head = head_dim(config, dim, q)
-    context = config.int("max_position_embeddings", default=2048)
-    attention = Attention(q, kv, head, head**-0.5, rope(config, head, context))
+    positions = context(config, 2048)
+    attention = Attention(q, kv, head, head**-0.5, rope(config, head, positions))
     layer = Layer(attention, Gated(size(config, "intermediate_size"), "silu"))
     return Model(
         family="llama",
@@ -27,7 +39,7 @@ def parse(config: Config) -> Model:
         layers=(layer,) * count(config),
         eps=eps(config),
         tied=config.bool("tie_word_embeddings", default=False),
-        context=context,
+        context=positions,
     )
 
 

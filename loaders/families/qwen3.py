@@ -10,6 +10,7 @@ from loaders.families.common import (
     PRE_NORM_NAMES,
     QK_NORM_NAMES,
     common,
+    context,
     count,
     eps,
     head_dim,
@@ -29,8 +30,8 @@ def parse(config: Config) -> Model:
     dim, layers = size(config, "hidden_size"), count(config)
     q, kv = heads(config)
     head = head_dim(config, dim, q, default=128)
-    context = config.int("max_position_embeddings", default=32768)
-    attention = Attention(q, kv, head, head**-0.5, rope(config, head, context), qk_norm=True)
+    positions = context(config, 32768)
+    attention = Attention(q, kv, head, head**-0.5, rope(config, head, positions), qk_norm=True)
     ffn = Gated(size(config, "intermediate_size"), "silu")
     return Model(
         family="qwen3",
@@ -39,7 +40,7 @@ def parse(config: Config) -> Model:
         layers=tuple(Layer(replace(attention, window=window), ffn) for window in windows(config, layers)),
         eps=eps(config),
         tied=config.bool("tie_word_embeddings", default=False),
-        context=context,
+        context=positions,
     )
 
 
