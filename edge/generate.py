@@ -86,6 +86,16 @@ class Decoder(Protocol):
         """What was held back."""
 
 
+class Wordless:
+    """For checkpoints without a tokenizer: tokens have no text."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
 def generate(
     session: Stepper,
     prompt: Sequence[int],

@@ -17,7 +17,7 @@ from edge.budget.memory import Ledger, read_process, tree_peak
 from edge.budget.plan import Plan, Request, choose
 from edge.budget.price import kv_bytes
 from edge.budget.units import format_bytes, parse_bytes
-from edge.generate import Event, Timing, generate
+from edge.generate import Event, Timing, Wordless, generate
 from edge.sampling import Sampler, Sampling
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, OverBudget, Usage
@@ -69,10 +69,8 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, opened when it is first needed."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.open(self.checkpoint.folder)
-        return self._tokenizer
+        """The checkpoint's tokenizer. Raises MissingFile where there is none: such a model speaks in token ids only."""
+        return self._tokenizer or Tokenizer.open(self.checkpoint.folder)
 
     @property
     def room(self) -> int:
@@ -145,7 +143,8 @@ class Session:
     ) -> Iterator[Event]:
         """Yields an :class:`edge.generate.Event` per token. Text is completed as it is; see edge.chat for turns.
 
-        Greedy unless ``temperature`` is above zero. The cache is kept when ``prompt`` goes on where it ended.
+        Greedy unless ``temperature`` is above zero. Without a tokenizer, ids go in and tokens come out. The cache is
+        kept when ``prompt`` goes on where it ended.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if max_tokens < 1:
@@ -163,7 +162,7 @@ class Session:
             ids[known:],
             ids,
             Sampler(sampling, seed),
-            StreamDecoder(self.tokenizer),
+            Wordless() if self._tokenizer is None else StreamDecoder(self._tokenizer),
             stop_ids=frozenset(self.defaults.stop_ids),
             max_tokens=max_tokens,
             timing=timing,

@@ -611,3 +611,17 @@ def test_the_template_and_the_defaults_are_the_checkpoints(load: Load, chatty: P
     assert session.template is not None
     assert session.defaults.stop_ids == (1, 4)
     assert "<start_of_turn>user\nhi<end_of_turn>" in session.template.render([{"role": "user", "content": "hi"}])
+
+
+def test_without_a_tokenizer_ids_go_in_and_tokens_come_out(gemma3n: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in gemma3n.iterdir():
+        if path.name != "tokenizer.json":
+            (bare / path.name).symlink_to(path)
+    with edge.load(bare, context=64) as session, edge.load(gemma3n, context=64) as whole:
+        events = list(session.generate([2, 5, 6], max_tokens=8))
+        assert [e.token for e in events] == [e.token for e in whole.generate([2, 5, 6], max_tokens=8)]
+        assert {e.text for e in events} == {""}
+        with pytest.raises(MissingFile):
+            session.generate("text")

@@ -27,6 +27,8 @@ CONTEXTS = (4096, 2048, 1024, 512)
 # A GPU wants long chunks; on a CPU they would only cost memory.
 CHUNKS = {"cpu": (256, 64, 16), "cuda": (1024, 256, 64, 16), "mps": (256, 64, 16)}
 DEVICE_SLACK = 24 << 20
+# What compiling a GPU kernel takes the first time it is met; later runs find it compiled on disk.
+COMPILER = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple
         return {"runtime": floor.host, **priced}, {}
     # torch hands out device memory in blocks, and keeps what is left of them.
     on_device = {"runtime": floor.device + DEVICE_SLACK, **priced}
-    host = {"runtime": floor.host}
+    host = {"runtime": floor.host, "compiler": COMPILER}
     if tier != "device":
         on_device.pop("ple")
         host["ple"] = priced["ple"]
