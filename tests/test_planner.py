@@ -123,7 +123,7 @@ def smallest(name: str, **pins: Any) -> int:
 def rank(plan: Plan) -> tuple[Any, ...]:
     """How good a plan is, written down anew: context, quality, precision, nearness of the table, chunk."""
     near = {"none": 1, "device": 1, "ram": 1, "ssd": 0}[plan.ple]
-    return plan.context, plan.quality.score, plan.precision == "float32", near, plan.chunk
+    return plan.context, plan.quality.depth, plan.quality.score, plan.precision == "float32", near, plan.chunk
 
 
 NAMES = st.sampled_from(["e4b", "gemma", "llama", "llama16"])
@@ -342,6 +342,13 @@ def test_the_smallest_plan_is_named_and_its_bytes_are_enough() -> None:
     assert f"--budget {needed}" in text
     assert needed == smallest("e4b")
     assert plan_for("e4b", needed).slice == "E2B"
+
+
+def test_where_nothing_is_published_narrowing_ranks_above_skipping() -> None:
+    order = list(dict.fromkeys(plan.slice for plan in every("gemma")))
+    narrowed = [name for name in order if "skip" not in name]
+    assert narrowed == ["full", "half", "quarter"]
+    assert order == narrowed + [name for name in order if "skip" in name]
 
 
 def test_published_slices_rank_by_their_published_figures() -> None:

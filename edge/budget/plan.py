@@ -126,7 +126,7 @@ def enumerate_plans(checkpoint: Checkpoint, request: Request, floor: Floor) -> l
     """Every combination the request leaves open, best first; contexts as one block each, longest first."""
     model = checkpoint.model
     slices = wanted_slices(checkpoint, request.slice)
-    ranked = sorted(zip(slices, qualities(model, slices), strict=True), key=lambda pair: -pair[1].score)
+    ranked = sorted(zip(slices, qualities(model, slices), strict=True), key=lambda pair: pair[1].rank, reverse=True)
     precisions = wanted_precisions(checkpoint, request.precision)
     smaller = {named.slice: sliced(model, named.slice) for named in slices}
     # The same for every context, tier and chunk, and what takes the time.
@@ -154,10 +154,12 @@ def enumerate_plans(checkpoint: Checkpoint, request: Request, floor: Floor) -> l
     return found
 
 
-def preference(plan: Plan) -> tuple[float, int, int, int, int]:
+def preference(plan: Plan) -> tuple[int, float, int, int, int, int]:
     """Quality first, then precision, then the table near rather than far, then long chunks; fewer bytes on a tie."""
+    depth, score = plan.quality.rank
     return (
-        -plan.quality.score,
+        -depth,
+        -score,
         PRECISIONS.index(plan.precision),
         ("ram", "device", "ssd", "none").index(plan.ple),
         -plan.chunk,
