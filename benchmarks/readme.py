@@ -6,11 +6,14 @@ python -m benchmarks.readme [--check]
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +23,7 @@ from loaders.checkpoint import Checkpoint, file_name
 from loaders.families import families, family_of
 from loaders.formats.config import Config, read_json
 from loaders.formats.safetensors import Tensor
+from loaders.network.matformer import sliced
 from loaders.network.tensors import core, tensors, total
 from loaders.slices import candidates
 
@@ -74,8 +78,6 @@ def slices() -> str:
         "| `--slice` | parameters without embeddings | MMLU (published, pre-trained) | what it keeps |",
         "|---|---:|---:|---|",
     ]
-    from loaders.network.matformer import sliced
-
     for item in candidates(checkpoint.model, checkpoint.family):
         size = core(sliced(checkpoint.model, item.slice)) / 1e9
         lines.append(f"| `{item.slice.name}` | {size:.2f}B | {item.mmlu:.1f} | {item.slice.describe()} |")
@@ -97,6 +99,56 @@ def plan() -> str:
     )
 
 
+def lines_of(name: str) -> list[dict[str, Any]]:
+    """The results of one benchmark."""
+    return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def cpu() -> str:
+    """edge beside transformers on a CPU, from benchmarks/run.py."""
+    lines = [
+        "| model | case | peak | of the plan | prefill, tokens/s | x transformers | decode, tokens/s | x transformers |"
+    ]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    peers: dict[str, dict[str, Any]] = {}
+    for r in lines_of("cpu"):
+        if r["case"] == "transformers":
+            peers[r["model"]] = r
+        peer = peers[r["model"]]
+        plan = f"{r['peak_bytes'] / r['planned_bytes']:.0%}" if "planned_bytes" in r else "-"
+        pp, tg = (r[k] / peer[k] for k in ("prefill_tps", "decode_tps"))
+        model = f"{r['model']}, {r['prompt']} + {r['new']} tokens"
+        lines.append(
+            f"| {model} | {r['case']} | {r['peak_bytes'] / 1e6:,.0f} MB | {plan} "
+            f"| {r['prefill_tps']:.1f} | {pp:.2f}x | {r['decode_tps']:.2f} | {tg:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def gpu() -> str:
+    """The tiers of the table on a GPU, from benchmarks/gpu.py."""
+    found = {r["case"]: r for r in lines_of("gpu")}
+    wall = found["device read bandwidth"]["gbps"]
+    lines = [
+        "| PLE tier | device memory | of the plan | gather of a row | decode, tokens/s | prefill of 2048, tokens/s |"
+    ]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for tier in ("device", "ram", "ssd"):
+        run, gather = found[f"run {tier}"], found[f"gather {tier}"]
+        kernel = f"{gather['kernel_us']:.1f} us" if "kernel_us" in gather else "-"
+        lines.append(
+            f"| {tier} | {run['peak_device']:.2f} GB | {run['peak_device'] / run['planned_device']:.1%} | {kernel} "
+            f"| {run['decode_graph_tps']:.0f} | {run['prefill2048_tps']:,.0f} |"
+        )
+    eager = found["run ram"]
+    lines.append("")
+    lines.append(
+        f"{eager['gpu']}, whose memory reads {wall:,.0f} GB/s; decoding reaches {eager['of_bandwidth']:.0%} of that, "
+        f"{eager['decode_graph_tps'] / eager['decode_eager_tps']:.1f} times what launching operator by operator does."
+    )
+    return "\n".join(lines)
+
+
 def usage() -> str:
     """The help of the main command."""
     command = [sys.executable, "-m", "edge", "run", "--help"]
@@ -106,12 +158,17 @@ def usage() -> str:
 
 def plain_terminal() -> dict[str, str]:
     """The environment with a fixed width, so that help wraps alike everywhere."""
-    import os
-
     return {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"supported": supported, "slices": slices, "plan": plan, "usage": usage}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "supported": supported,
+    "slices": slices,
+    "plan": plan,
+    "usage": usage,
+    "cpu": cpu,
+    "gpu": gpu,
+}
 
 
 def rendered(text: str) -> str:
