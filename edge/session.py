@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -34,27 +34,30 @@ def quiet(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+@dataclass(frozen=True)
+class Ready:
+    """All that comes before a plan: headers, text, libraries. Made by :func:`prepare`."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    defaults: GenerationDefaults
+    runtime: engines.Runtime
+    request: Request
+
+
 class Session:
     """Made by :func:`load`. Not thread-safe; ``cancel()`` may be called from a signal handler or another thread.
 
     ``template`` is the checkpoint's chat template or None; ``defaults`` its stop tokens and recommended sampling.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tokenizer: Tokenizer | None,
-        template: ChatTemplate | None,
-        defaults: GenerationDefaults,
-        runtime: engines.Runtime,
-        request: Request,
-        *,
-        notify: Notify = quiet,
-        started: float | None = None,
-    ) -> None:
+    def __init__(self, ready: Ready, *, notify: Notify = quiet, started: float | None = None) -> None:
         begun = perf_counter() if started is None else started
-        self.checkpoint, self._tokenizer, self.runtime, self.request = checkpoint, tokenizer, runtime, request
-        self.notify, self.template, self.defaults = notify, template, defaults
+        self.checkpoint, self.runtime, self.request = ready.checkpoint, ready.runtime, ready.request
+        self._tokenizer, self.template, self.defaults = ready.tokenizer, ready.template, ready.defaults
+        self.notify = notify
+        checkpoint, runtime, request = ready.checkpoint, ready.runtime, ready.request
         self.floor = runtime.floor()
         self.plan: Plan = choose(checkpoint, request, self.floor)
         planned = {**self.plan.host_bytes, **self.plan.bytes}
@@ -275,12 +278,23 @@ def load(
 
 
 def open_session(
-    path: Path, request: Request, device: str, engine: str, *, notify: Notify = quiet, started: float | None = None
+    path: Path,
+    request: Request,
+    device: str,
+    engine: str,
+    *,
+    text: bool = False,
+    notify: Notify = quiet,
+    started: float | None = None,
 ) -> Session:
-    """Checkpoint, tokenizer and libraries first, so that the floor the plan stands on is measured with them in it."""
+    """Prepares, plans and loads. With ``text`` a checkpoint without a tokenizer is refused before it is loaded."""
+    return Session(prepare(path, request, device, engine, text=text), notify=notify, started=started)
+
+
+def prepare(path: Path, request: Request, device: str, engine: str, *, text: bool = False) -> Ready:
+    """Checkpoint, tokenizer and libraries first, so that the floor a plan stands on is measured with them in it."""
     checkpoint = Checkpoint.open(path)
-    has_tokenizer = (path / "tokenizer.json").exists()
-    tokenizer = Tokenizer.open(path) if has_tokenizer else None
+    tokenizer = Tokenizer.open(path) if text or (path / "tokenizer.json").exists() else None
     if tokenizer is not None and tokenizer.vocab_size > checkpoint.model.vocab:
         raise BadCheckpoint(
             f"{tokenizer.vocab_size} tokens",
@@ -293,4 +307,4 @@ def open_session(
     if request.ram_budget is not None and runtime.device == "cpu":
         raise Usage("--ram-budget on a CPU", field="--ram-budget", expected="--budget, which counts all of it there")
     request = replace(request, device=runtime.device, engine=runtime.engine)
-    return Session(checkpoint, tokenizer, template, defaults, runtime, request, notify=notify, started=started)
+    return Ready(checkpoint, tokenizer, template, defaults, runtime, request)

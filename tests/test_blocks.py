@@ -339,7 +339,6 @@ def test_shape_operators() -> None:
     assert torch.equal(ops.slice(x, 1, 1, 3), x[:, 1:3])
     assert torch.equal(ops.concat([x, x[:, :1]], 1), torch.cat((x, x[:, :1]), 1))
     assert torch.equal(ops.last(x), x[2:])
-    close(ops.mean(x, 1), array(x).mean(1))
     close(ops.matmul(x, random(3, 6, 2, seed=1)), np.einsum("tnk,tkm->tnm", array(x), array(random(3, 6, 2, seed=1))))
     close(ops.tanh(x), np.tanh(array(x)))
 

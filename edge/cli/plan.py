@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edge import engine as engines
 from edge.budget.plan import enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.options import planning, wanted
 from edge.cli.show import distinct, plan_lines, plan_table, print_json, stdout
-from loaders.checkpoint import Checkpoint
+from edge.session import prepare
 from loaders.errors import WontFit
-from loaders.text.tokenizer import Tokenizer
 
 
 @click.command("plan")
@@ -28,15 +25,9 @@ def command(model: str, as_json: bool, device: str, engine: str, **flags: Any) -
     Exits with 80 when nothing fits.
     """
     want = wanted(**flags)
-    path = Path(model)
-    checkpoint = Checkpoint.open(path)
-    # Held, not used: the runtime's floor is measured with the tokenizer in it.
-    tokenizer = Tokenizer.open(path) if (path / "tokenizer.json").exists() else None
-    runtime = engines.start(engine, device)
-    floor = runtime.floor()
-    del tokenizer
-    request = replace(want.request, device=runtime.device, engine=runtime.engine)
-    plans = enumerate_plans(checkpoint, request, floor)
+    ready = prepare(Path(model), want.request, device, engine)
+    request, floor = ready.request, ready.runtime.floor()
+    plans = enumerate_plans(ready.checkpoint, request, floor)
     refusal: WontFit | None = None
     chosen = None
     try:

@@ -81,7 +81,13 @@ def command(**flags: Any) -> int:
     check(flags)
     with progress(console, loud) as notify:
         session = open_session(
-            Path(flags["model"]), want.request, flags["device"], flags["engine"], notify=notify, started=started
+            Path(flags["model"]),
+            want.request,
+            flags["device"],
+            flags["engine"],
+            text=True,
+            notify=notify,
+            started=started,
         )
     with session:
         if loud:

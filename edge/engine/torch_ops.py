@@ -127,9 +127,6 @@ class TorchOps:
     def tanh(self, x: torch.Tensor) -> torch.Tensor:
         return x.tanh()
 
-    def mean(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        return x.mean(axis)
-
     def reshape(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         return x.reshape(tuple(shape))
 

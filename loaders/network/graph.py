@@ -122,9 +122,6 @@ class Recorder:
     def tanh(self, x: Recorded) -> Recorded:
         return self.node("tanh", (x,), x.shape)
 
-    def mean(self, x: Recorded, axis: int) -> Recorded:
-        return self.node("mean", (x,), x.shape[:axis] + x.shape[axis + 1 :], axis=axis)
-
     def reshape(self, x: Recorded, shape: Sequence[int]) -> Recorded:
         return self.node("reshape", (x,), reshaped(x.shape, shape), shape=tuple(shape))
 

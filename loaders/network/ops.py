@@ -51,9 +51,6 @@ class Ops(Protocol):
     def tanh(self, x: Value) -> Value:
         """Element-wise."""
 
-    def mean(self, x: Value, axis: int) -> Value:
-        """Mean over one axis, which disappears."""
-
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
         """Row-major."""
 
