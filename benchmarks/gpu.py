@@ -214,7 +214,8 @@ def kernels(report: Report, folder: Path) -> None:
         session.step([5])
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
             session.step([6])
-        rows = [e for e in trace.key_averages() if e.self_device_time_total > 0]
+        # Operators are listed beside the kernels they launch, with the same time: count the kernels alone.
+        rows = [e for e in trace.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
         rows.sort(key=lambda e: -e.self_device_time_total)
         launches = sum(e.count for e in rows)
         total = sum(e.self_device_time_total for e in rows)
