@@ -14,11 +14,13 @@ import numpy as np
 
 from edge import engine as engines
 from edge.budget.memory import Ledger, read_process, tree_peak
-from edge.budget.plan import Plan, Request, choose
+from edge.budget.plan import Plan, Request, enumerate_plans, pick
 from edge.budget.price import kv_bytes
 from edge.budget.units import format_bytes, parse_bytes
+from edge.engine import Notify
 from edge.generate import Event, Timing, Wordless, generate
 from edge.sampling import Sampler, Sampling
+from edge.store.weights import stored_bytes
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, OverBudget, Usage
 from loaders.network.matformer import sliced
@@ -26,8 +28,6 @@ from loaders.network.tensors import tensors
 from loaders.text.generation import GenerationDefaults, read_generation
 from loaders.text.template import ChatTemplate
 from loaders.text.tokenizer import StreamDecoder, Tokenizer
-
-Notify = Callable[[str, int, int], None]
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -49,17 +49,20 @@ class Ready:
 class Session:
     """Made by :func:`load`. Not thread-safe; ``cancel()`` may be called from a signal handler or another thread.
 
-    ``template`` is the checkpoint's chat template or None; ``defaults`` its stop tokens and recommended sampling.
+    ``template`` is the checkpoint's chat template or None; ``defaults`` its stop tokens and recommended sampling;
+    ``best`` the plan that would run without a budget.
     """
 
     def __init__(self, ready: Ready, *, notify: Notify = quiet, started: float | None = None) -> None:
         begun = perf_counter() if started is None else started
-        self.checkpoint, self.runtime, self.request = ready.checkpoint, ready.runtime, ready.request
+        checkpoint, runtime, request = ready.checkpoint, ready.runtime, ready.request
+        self.checkpoint, self.runtime, self.request = checkpoint, runtime, request
         self._tokenizer, self.template, self.defaults = ready.tokenizer, ready.template, ready.defaults
         self.notify = notify
-        checkpoint, runtime, request = ready.checkpoint, ready.runtime, ready.request
         self.floor = runtime.floor()
-        self.plan: Plan = choose(checkpoint, request, self.floor)
+        plans = enumerate_plans(checkpoint, request, self.floor)
+        self.plan: Plan = pick(plans, request)
+        self.best = plans[0]
         planned = {**self.plan.host_bytes, **self.plan.bytes}
         self.ledger = Ledger(request.budget, planned)
         self.ledger.take("runtime", planned["runtime"])
@@ -175,14 +178,9 @@ class Session:
     @cached_property
     def bytes_per_token(self) -> int:
         """Bytes of weights one decoded token reads: all but embeddings of which one row is used."""
-        unread = 0 if self.model.tied else self.plan_bytes_of("embed")
+        shape = tensors(self.model)["embed"]
+        unread = 0 if self.model.tied else stored_bytes("embed", shape, self.plan.precision)
         return self.plan.bytes["weights"] - unread
-
-    def plan_bytes_of(self, name: str) -> int:
-        """Bytes one tensor takes under this plan."""
-        from edge.store.weights import stored_bytes
-
-        return stored_bytes(name, tensors(self.model)[name], self.plan.precision)
 
     def memory(self) -> dict[str, Any]:
         """Planned and measured bytes; ``components`` maps each to {'planned', 'peak'}.

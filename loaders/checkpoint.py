@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -101,6 +101,13 @@ class Checkpoint:
     def close(self) -> None:
         """Closes the shards' descriptors."""
         self.shards.close()
+
+
+def bands(window: Window, rows: int) -> Iterator[Window]:
+    """The same window in bands of at most ``rows`` rows, in order."""
+    for first, stop in window.rows:
+        for start in range(first, stop, rows):
+            yield Window(((start, min(start + rows, stop)),), window.cols)
 
 
 def file_name(family: Family, canonical: str) -> str:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.checkpoint import RAW, Checkpoint, file_name
+from loaders.checkpoint import RAW, Checkpoint, bands, file_name
 from loaders.errors import CannotCreate, NotPermitted, ReadFailed, Unsupported
 from loaders.formats.config import read_bytes
-from loaders.formats.safetensors import Window
 from loaders.formats.safetensors_writer import Writer
 from loaders.network.matformer import Part, Slice, parts
 
@@ -64,7 +63,7 @@ def write_slice(checkpoint: Checkpoint, part: Slice, output: Path, notify: Notif
             specs = {full[c]: (checkpoint.where[wanted[c].name].dtype, wanted[c].window.shape) for c in group}
             with Writer(folder / name, specs) as writer:
                 for canonical in group:
-                    writer.write(full[canonical], bands(checkpoint, wanted[canonical]))
+                    writer.write(full[canonical], raw_bands(checkpoint, wanted[canonical]))
                     weight_map[full[canonical]] = name
                     done += sizes[canonical]
                     notify("writing", done, total)
@@ -91,17 +90,14 @@ def shards(sizes: dict[str, int]) -> list[list[str]]:
     return groups
 
 
-def bands(checkpoint: Checkpoint, part: Part) -> Iterator[np.ndarray]:
+def raw_bands(checkpoint: Checkpoint, part: Part) -> Iterator[np.ndarray]:
     """A window's raw bytes, a few rows at a time."""
     tensor = checkpoint.where[part.name]
     row = part.window.count // part.window.shape[0] * tensor.itemsize
-    step = max(1, BAND_BYTES // max(1, row))
-    for first, stop in part.window.rows:
-        for start in range(first, stop, step):
-            window = Window(((start, min(start + step, stop)),), part.window.cols)
-            out = np.empty(window.shape, RAW[tensor.dtype])
-            checkpoint.shards.read_window(tensor, window, out)
-            yield out
+    for window in bands(part.window, max(1, BAND_BYTES // max(1, row))):
+        out = np.empty(window.shape, RAW[tensor.dtype])
+        checkpoint.shards.read_window(tensor, window, out)
+        yield out
 
 
 @contextmanager

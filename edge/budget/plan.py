@@ -177,7 +177,7 @@ def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple
     if tier != "device":
         on_device.pop("ple")
         host["ple"] = priced["ple"]
-    host["staging"] = 2 * priced["activations"] // 4
+    host["staging"] = priced["activations"] // 2
     return on_device, host
 
 

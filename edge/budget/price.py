@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from edge.store.weights import ITEMSIZE, STORED
+from edge.store.weights import STORED
 from loaders.checkpoint import Checkpoint
+from loaders.formats.safetensors import ITEMSIZE
 from loaders.network.matformer import Slice
 from loaders.network.spec import Attention, Model
 from loaders.network.tensors import PLE_TABLE

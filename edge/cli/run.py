@@ -7,14 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import click
 
-from edge.budget.plan import Request, enumerate_plans
 from edge.chat import Conversation
 from edge.cli.options import planning, wanted
 from edge.cli.show import plan_lines, print_json, progress, safe, statistics, stderr
@@ -93,7 +91,7 @@ def command(**flags: Any) -> int:
         if loud:
             if want.note:
                 console.print(want.note, markup=False)
-            for line in plan_lines(session.plan, session.request, best_plan(session)):
+            for line in plan_lines(session.plan, session.request, session.best):
                 console.print(line, markup=False)
         options = sampling(session, flags)
         ask = asker(session, flags)
@@ -149,12 +147,6 @@ def sampling(session: Session, flags: dict[str, Any]) -> dict[str, Any]:
         "repetition_penalty": pick(flags["repeat_penalty"], d.repetition_penalty, 1.0),
         "seed": seed if seed is not None else int.from_bytes(os.urandom(4), "little"),
     }
-
-
-def best_plan(session: Session) -> Any:
-    """What would run without a budget."""
-    free: Request = replace(session.request, budget=None, ram_budget=None)
-    return enumerate_plans(session.checkpoint, free, session.floor)[0]
 
 
 def asker(session: Session, flags: dict[str, Any]) -> Callable[..., Iterator[Event]]:

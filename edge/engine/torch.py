@@ -14,11 +14,11 @@ from edge.engine.kv import KVCache
 from edge.engine.static import StaticStep, bucket
 from edge.engine.torch_ops import ops_for
 from edge.engine.torch_ple import Rows
+from edge.engine.torch_weights import DTYPE
+from edge.store.weights import STORED
 from loaders.network import decoder_of
 from loaders.network.ops import Cache, Want
 from loaders.network.spec import Model
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TorchEngine:
@@ -38,7 +38,7 @@ class TorchEngine:
         device: torch.device,
     ) -> None:
         self.model, self.weights, self.rows = model, weights, rows
-        self.chunk, self.kv, self.torch_device = chunk, DTYPES[kv], device
+        self.chunk, self.kv, self.torch_device = chunk, DTYPE[STORED[kv]], device
         self.device = device.type
         self.ops = ops_for(device)
         self.decoder = decoder_of(model)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from edge.budget.memory import Ledger
-from edge.store.weights import bands, fill, stored_bytes, stored_dtype
-from loaders.checkpoint import Checkpoint
+from edge.store.weights import fill, stored_bytes, stored_dtype
+from loaders.checkpoint import Checkpoint, bands
 from loaders.network.matformer import Part
 from loaders.network.tensors import PLE_TABLE
 
@@ -29,13 +29,14 @@ def load_weights(
     """Every tensor of a slice but the per-layer-embedding table, in the plan's precision, on ``device``."""
     loaded, done = {}, 0
     sizes = {name: stored_bytes(name, p.window.shape, precision) for name, p in parts.items() if name != PLE_TABLE}
+    total = sum(sizes.values())
     for name, size in sizes.items():
         part = parts[name]
         ledger.take("weights", size)
         dtype = stored_dtype(name, part.window.shape, precision)
         loaded[name] = to_device(checkpoint, part, dtype, device)
         done += size
-        notify("loading", done, sum(sizes.values()))
+        notify("loading", done, total)
     return loaded
 
 

@@ -6,17 +6,15 @@ Knows numpy and files, not devices: an engine hands in the memory that tensors a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 
-from loaders.checkpoint import RAW, Checkpoint
+from loaders.checkpoint import RAW, Checkpoint, bands
 from loaders.formats.buffers import from_float32, to_float32
-from loaders.formats.safetensors import Window
+from loaders.formats.safetensors import ITEMSIZE
 from loaders.network.matformer import Part
 from loaders.network.tensors import PLE_TABLE
 
-ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 STORED = {"float32": "F32", "bf16": "BF16"}
 # Conversions go through a buffer of this size, so that loading adds nothing that shows to what is loaded.
 STAGING = 4 << 20
@@ -52,13 +50,6 @@ def fill(checkpoint: Checkpoint, part: Part, dtype: str, out: np.ndarray) -> Non
         band = from_float32(to_float32(raw, tensor.dtype), dtype)
         out[at : at + band.shape[0]] = band.view(out.dtype)
         at += band.shape[0]
-
-
-def bands(window: Window, rows: int) -> Iterator[Window]:
-    """The same window in bands of at most ``rows`` rows, in order."""
-    for first, stop in window.rows:
-        for start in range(first, stop, rows):
-            yield Window(((start, min(start + rows, stop)),), window.cols)
 
 
 def weights_bytes(small: dict[str, tuple[int, ...]], precision: str) -> int:
