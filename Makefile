@@ -7,7 +7,7 @@ check:
 	ruff check .
 	mypy
 	$(PYTHON) -m benchmarks.readme --check
-	pytest -q
+	pytest -q -n 2 --dist loadfile
 
 fix:
 	ruff format .

@@ -1,9 +1,10 @@
 """What only a GPU can show: parity with the CPU, tiers against each other, device memory, time per gather, speed.
 
-    python -m benchmarks.gpu MODEL... [--big FOLDER] [--out results.jsonl]
+    python -m benchmarks.gpu [MODEL...] [--big FOLDER] [--out results.jsonl]
 
-Each MODEL is a small checkpoint for parity; ``--big`` one whose table is worth streaming (benchmarks/synthetic.py
-writes one). Prints a line per measurement, and appends JSON lines. Exits with 1 when a check fails.
+Each MODEL is a small checkpoint for parity, written here when none is given; ``--big`` one whose table is worth
+streaming (`edge synth` writes one, `edge pack` packs it), run at several budgets and precisions. Prints a line per
+measurement, and appends JSON lines. Exits with 1 when a check fails.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 
 import edge
+from edge.engine import device_before
 from edge.engine.torch_ple import open_rows
 from loaders.checkpoint import Checkpoint
 from loaders.network.matformer import full, parts
@@ -121,7 +125,7 @@ def gathers(report: Report, folder: Path) -> None:
     for tier in TIERS:
         checkpoint = Checkpoint.open(folder)
         part = parts(checkpoint.model, full(checkpoint.model))[PLE_TABLE]
-        rows = open_rows(checkpoint, part, tier, 64 << 20, device)
+        rows = open_rows(checkpoint, part, len(checkpoint.model.layers), tier, 64 << 20, device)
         count = checkpoint.where[PLE_TABLE].shape[0]
         batch = np.concatenate([rng.integers(0, count, 254), [0, count - 1]]) if not with_rows else batch  # noqa: F821
         with_rows[tier] = rows.gather(batch)
@@ -142,8 +146,13 @@ def gathers(report: Report, folder: Path) -> None:
         rows.close()
         checkpoint.close()
         del rows
-        gc.collect()
-        torch.cuda.empty_cache()
+        free()
+
+
+def free() -> None:
+    """Gives back to the device what torch keeps for later."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def copy_bandwidth() -> float:
@@ -159,14 +168,17 @@ def copy_bandwidth() -> float:
     return 10 * data.nbytes / (time.perf_counter() - start)
 
 
-def speed(report: Report, folder: Path) -> None:
-    """Device memory with and without the table, and tokens per second, recorded and launched one by one."""
+def speed(report: Report, folder: Path) -> float:
+    """Device memory with and without the table, and tokens per second, recorded and launched one by one.
+
+    Returns the bytes per second that the device reads.
+    """
     wall = copy_bandwidth()
-    torch.cuda.empty_cache()
+    free()
     report("device read bandwidth", None, gbps=wall / GB)
     ids = np.random.default_rng(2).integers(4, 200_000, 2048)
     for tier in TIERS:
-        with edge.load(folder, device="cuda", ple=tier, context=4096) as session:
+        with edge.load(folder, device="cuda", precision="bf16", ple=tier, context=4096) as session:
             start = time.perf_counter()
             session.step(ids)
             torch.cuda.synchronize()
@@ -200,15 +212,15 @@ def speed(report: Report, folder: Path) -> None:
                 of_bandwidth=rates["graph"] * session.bytes_per_token / wall,
                 ple_wait_ms=session.ple.wait_s * 1e3 if session.ple else 0.0,
             )  # fmt: skip
-        gc.collect()
-        torch.cuda.empty_cache()
+        free()
+    return wall
 
 
 def kernels(report: Report, folder: Path) -> None:
     """Which kernels a decoded token launches: how many, and what they take."""
     from torch.profiler import ProfilerActivity, profile
 
-    with edge.load(folder, device="cuda", context=1024) as session:
+    with edge.load(folder, device="cuda", precision="bf16", context=1024) as session:
         session.step(list(range(4, 304)))
         session.engine.graphs = False
         session.step([5])
@@ -227,19 +239,29 @@ def kernels(report: Report, folder: Path) -> None:
 def main() -> int:
     """Everything; 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="+")
+    parser.add_argument("model", type=Path, nargs="*")
     parser.add_argument("--big", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here")
+    from benchmarks.gpu_budgets import budgets
+    from benchmarks.gpu_packs import parities, write_small
+
+    # Before anything here has a context on the device: it counts as edge's own.
+    device_before()
     report = Report(options.out)
-    for model in options.model:
-        parity(report, model)
-    if options.big is not None:
-        gathers(report, options.big)
-        speed(report, options.big)
-        kernels(report, options.big)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("EDGE_CACHE", f"{folder}/cache")
+        models = options.model or write_small(Path(folder))
+        for model in models:
+            parity(report, model)
+        parities(report, models)
+        if options.big is not None:
+            gathers(report, options.big)
+            wall = speed(report, options.big)
+            kernels(report, options.big)
+            budgets(report, options.big, wall)
     return int(report.failed)
 
 

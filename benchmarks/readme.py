@@ -32,7 +32,8 @@ README = ROOT / "README.md"
 CONFIGS = ROOT / "tests" / "configs"
 MIB = 1 << 20
 # The floor of the example plan; a real one is measured where edge runs.
-EXAMPLE_FLOOR = Floor(host=288 * MIB)
+EXAMPLE_FLOOR = Floor(host=244 * MIB, tokenizer=26 * MIB)
+EXAMPLE_BANDWIDTH = 30e9
 
 
 def shapes_only(config: Path) -> Checkpoint:
@@ -85,18 +86,38 @@ def slices() -> str:
 
 
 def plan() -> str:
-    """What `edge plan` prints for E4B on a machine with 8 GB to give."""
+    """What `edge plan` prints for E4B on a machine with 3 GB to give."""
     checkpoint = shapes_only(CONFIGS / "gemma-3n-E4B.json")
-    request = Request(budget=8 * 10**9)
+    request = Request(budget=3 * 10**9)
     plans = enumerate_plans(checkpoint, request, EXAMPLE_FLOOR)
     chosen = pick(plans, request)
     out = io.StringIO()
     console = Console(file=out, width=160, no_color=True, highlight=False)
-    console.print(plan_table([p for p in plans if p.context == chosen.context], chosen, request))
+    console.print(plan_table([p for p in plans if p.context == chosen.context], chosen, request, EXAMPLE_BANDWIDTH))
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     return "\n".join(
-        ["```", "$ edge plan ./gemma-3n-E4B --budget 8GB", *lines, "", *plan_lines(chosen, request, plans[0]), "```"]
+        ["```", "$ edge plan ./gemma-3n-E4B --budget 3GB", *lines, "", *plan_lines(chosen, request, plans[0]), "```"]
     )
+
+
+def budgets() -> str:
+    """What budgets came to on a CPU, from benchmarks/budgets.py."""
+    lines = [
+        "| model | budget | plan | peak | of the plan | prefill, tokens/s | decode, tokens/s | reading, of |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in lines_of("budgets"):
+        if "needed_bytes" in r:
+            lines.append(
+                f"| {r['model']} | {r['budget']} | refused: {r['needed_bytes'] / 1e9:.2f} GB needed |||||||"[:-2]
+            )
+            continue
+        lines.append(
+            f"| {r['model']} | {r['budget']} | {r['label']} | {r['peak_bytes'] / 1e9:.2f} GB "
+            f"| {r['peak_bytes'] / r['planned_bytes']:.1%} | {r['prefill_tps']:.1f} | {r['decode_tps']:.2f} "
+            f"| {r['read_gbps']:.1f} of {r['memory_gbps']:.0f} GB/s |"
+        )
+    return "\n".join(lines)
 
 
 def lines_of(name: str) -> list[dict[str, Any]]:
@@ -146,7 +167,39 @@ def gpu() -> str:
         f"{eager['gpu']}, whose memory reads {wall:,.0f} GB/s; decoding reaches {eager['of_bandwidth']:.0%} of that, "
         f"{eager['decode_graph_tps'] / eager['decode_eager_tps']:.1f} times what launching operator by operator does."
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *gpu_budgets(found)])
+
+
+def gpu_budgets(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Budgets and pinned precisions, from benchmarks/gpu_budgets.py."""
+    names = ("budget 2GB", "least that fits", *(f"budget {size}GB" for size in "346"), "budget 4GB, RAM 3GB")
+    lines = [
+        "| budget | plan | device peak | of the plan | host peak | of the plan | decode, tokens/s "
+        "| of the bandwidth | prefill, tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in (*names, "no more than planned", "int4", "int8", "bf16"):
+        r = found.get(name)
+        if r is None:
+            continue
+        title = (
+            f"{r['budget'] / 1e9:.2f}".rstrip("0").rstrip(".")
+            + " GB"
+            + {"budget 4GB, RAM 3GB": ", RAM 3 GB"}.get(name, "")
+        )
+        title += f", {name}" if not name.startswith("budget") else ""
+        if "needed" in r:
+            lines.append(f"| {title} | refused: {r['needed'] / 1e9:.2f} GB needed | {r['peak_device']:.2f} GB |||||||")
+            continue
+        head = "" if r["head"] == r["precision"] else f", head {r['head']}"
+        lines.append(
+            f"| {title} | {r['precision']}{head}, table {r['ple']}, context {r['context']} "
+            f"| {r['peak_device']:.2f} GB | {1 + r['off']:.1%} | {r['peak_host']:.2f} GB | {1 + r['host_off']:.1%} "
+            f"| {r['decode_tps']:.0f} | {r['of_bandwidth']:.0%} | {r['prefill_tps']:,.0f} |"
+        )
+    wall = found["int4"]
+    seen = f"{wall['gpu']}, whose memory reads {wall['wall_gbps']:,.0f} GB/s in the same run."
+    return [*lines, "", f"{seen} Peaks are the whole device's, read from outside the run every few milliseconds."]
 
 
 def usage() -> str:
@@ -166,6 +219,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "slices": slices,
     "plan": plan,
     "usage": usage,
+    "budgets": budgets,
     "cpu": cpu,
     "gpu": gpu,
 }
@@ -174,7 +228,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 def rendered(text: str) -> str:
     """The README with every block as the code would write it now."""
     for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- generated: {name} -->\n)(?:(?!<!--).)*?(\n<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"README.md has no block {name!r}")
         made = make()

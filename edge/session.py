@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,21 +12,26 @@ from typing import Any
 import numpy as np
 
 from edge import engine as engines
-from edge.budget.memory import Ledger, read_process, tree_peak
-from edge.budget.plan import Plan, Request, enumerate_plans, pick
+from edge.budget import machine, watch
+from edge.budget.memory import Ledger, read_process, read_pss, trim
+from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
 from edge.budget.price import kv_bytes
 from edge.budget.units import format_bytes, parse_bytes
 from edge.engine import Notify
 from edge.generate import Event, Timing, Wordless, generate
 from edge.sampling import Sampler, Sampling
-from edge.store.weights import stored_bytes
+from edge.store import packs
+from edge.store.text import open_tokenizer, text_folder, tokenizer_bytes
+from edge.store.weights import Source
 from loaders.checkpoint import Checkpoint
-from loaders.errors import BadCheckpoint, OverBudget, Usage
+from loaders.errors import MissingFile, OverBudget, Usage
+from loaders.formats.manifest import is_pack
+from loaders.formats.pack import Pack, parts_for
+from loaders.formats.quant import BITS
 from loaders.network.matformer import sliced
-from loaders.network.tensors import tensors
 from loaders.text.generation import GenerationDefaults, read_generation
 from loaders.text.template import ChatTemplate
-from loaders.text.tokenizer import StreamDecoder, Tokenizer
+from loaders.text.tokenizer import AnyTokenizer, StreamDecoder
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -36,47 +40,85 @@ def quiet(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Ready:
-    """All that comes before a plan: headers, text, libraries. Made by :func:`prepare`."""
+    """All that comes before a run's plan: headers, text, libraries. Made by :func:`prepare`."""
 
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer | None
+    source: Source
+    tokenizer: AnyTokenizer | None
     template: ChatTemplate | None
     defaults: GenerationDefaults
     runtime: engines.Runtime
     request: Request
+    floor: Floor
 
 
 class Session:
     """Made by :func:`load`. Not thread-safe; ``cancel()`` may be called from a signal handler or another thread.
 
-    ``template`` is the checkpoint's chat template or None; ``defaults`` its stop tokens and recommended sampling;
-    ``best`` the plan that would run without a budget.
+    ``checkpoint`` is what was opened, a checkpoint or a pack; ``source`` where weights come from, the checkpoint's pack
+    when the plan is quantized. ``template`` is its chat template or None; ``defaults`` its stop tokens and recommended
+    sampling; ``best`` the plan that would run without a budget.
     """
 
     def __init__(self, ready: Ready, *, notify: Notify = quiet, started: float | None = None) -> None:
         begun = perf_counter() if started is None else started
-        checkpoint, runtime, request = ready.checkpoint, ready.runtime, ready.request
-        self.checkpoint, self.runtime, self.request = checkpoint, runtime, request
+        self.checkpoint, self.runtime, self.request = ready.source, ready.runtime, ready.request
         self._tokenizer, self.template, self.defaults = ready.tokenizer, ready.template, ready.defaults
-        self.notify = notify
-        self.floor = runtime.floor()
-        plans = enumerate_plans(checkpoint, request, self.floor)
-        self.plan: Plan = pick(plans, request)
+        self.floor, self._cancelled = ready.floor, False
+        plans = enumerate_plans(ready.source, ready.request, ready.floor)
+        self.plan: Plan = pick(plans, ready.request)
         self.best = plans[0]
-        planned = {**self.plan.host_bytes, **self.plan.bytes}
-        self.ledger = Ledger(request.budget, planned)
-        self.ledger.take("runtime", planned["runtime"])
-        self.model = sliced(checkpoint.model, self.plan.part)
-        self.engine, self.ple = engines.load(runtime, checkpoint, self.model, self.plan, self.ledger, notify)
-        self.tokens: list[int] = []
+        on_host = ready.runtime.device == "cpu"
+        option, limit = ("--budget", ready.request.budget) if on_host else ("--ram-budget", ready.request.ram_budget)
+        self.watch = watch.Watch(limit, option=option).start()
+        self.notify = self.guarded(notify)
+        try:
+            self.load(limit)
+        except BaseException:
+            self.watch.stop()
+            ready.source.close()
+            raise
         self.load_s = perf_counter() - begun
-        self._cancelled = False
-        self._device_peak = runtime.device_delta()
+
+    def load(self, limit: int | None) -> None:
+        """Realises the plan; ``limit`` is what the host's memory is held against."""
+        planned = {**self.plan.host_bytes, **self.plan.bytes}
+        self.ledger = Ledger(self.request.budget, planned)
+        for component in ("runtime", "tokenizer"):
+            self.ledger.take(component, planned[component])
+        self.source = self.packed(limit)
+        self.model = sliced(self.source.model, self.plan.part)
+        self.engine, self.ple = engines.load(self.runtime, self.source, self.model, self.plan, self.ledger, self.notify)
+        self.relief = watch.Request(self.engine.relieve)
+        self.watch.add_relief(self.relief)
+        self.tokens: list[int] = []
+        self._device_peak = self.runtime.device_delta()
+
+    def packed(self, limit: int | None) -> Source:
+        """Where the plan's weights are: what was opened, or its pack, made now where there is none."""
+        if isinstance(self.checkpoint, Pack) or self.plan.precision not in BITS:
+            return self.checkpoint
+        room = None if limit is None else max(0, limit - read_process().rss - watch.SLACK)
+        parts = parts_for(self.checkpoint.model, (self.plan.precision,))
+        pack = packs.ensure(self.checkpoint, parts, notify=self.notify, room=room)
+        trim()
+        return pack
+
+    def guarded(self, notify: Notify) -> Notify:
+        """Progress that also looks whether the budget still holds."""
+
+        def checked(what: str, done: int, total: int) -> None:
+            watch.check(self.watch)
+            notify(what, done, total)
+
+        return checked
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> AnyTokenizer:
         """The checkpoint's tokenizer. Raises MissingFile where there is none: such a model speaks in token ids only."""
-        return self._tokenizer or Tokenizer.open(self.checkpoint.folder)
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.checkpoint, None, True)
+            assert self._tokenizer is not None
+        return self._tokenizer
 
     @property
     def room(self) -> int:
@@ -111,6 +153,8 @@ class Session:
         starts = range(0, len(found), self.engine.chunk)
         out = np.empty((0, 0), np.float32)
         for start in starts:
+            watch.check(self.watch)
+            self.relief.honour()
             part, following = found[start : start + self.engine.chunk], found[start + self.engine.chunk :]
             ahead = following[: self.engine.chunk].tolist()
             out = self.engine.forward(part, "last" if start == starts[-1] else "none", ahead)
@@ -175,12 +219,10 @@ class Session:
             cancelled=lambda: self._cancelled,
         )
 
-    @cached_property
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of weights one decoded token reads: all but embeddings of which one row is used."""
-        shape = tensors(self.model)["embed"]
-        unread = 0 if self.model.tied else stored_bytes("embed", shape, self.plan.precision)
-        return self.plan.bytes["weights"] - unread
+        return self.plan.bytes_per_token
 
     def memory(self) -> dict[str, Any]:
         """Planned and measured bytes; ``components`` maps each to {'planned', 'peak'}.
@@ -192,11 +234,12 @@ class Session:
         return {
             "budget_bytes": self.request.budget,
             "planned_bytes": self.plan.total_bytes,
-            "peak_bytes": tree_peak(),
+            "peak_bytes": self.watch.tree_peak(),
             "device_peak_bytes": self._device_peak,
             "rss_bytes": now.rss,
             "anonymous_bytes": now.anonymous,
             "file_backed_bytes": now.file_backed,
+            "pss_bytes": read_pss(),
             "components": self.ledger.report(),
         }
 
@@ -237,8 +280,10 @@ class Session:
 
     def close(self) -> None:
         """Releases memory, threads and descriptors."""
+        self.watch.stop()
         self.engine.close()
         self.checkpoint.close()
+        self.source.close()
 
     def __enter__(self) -> Session:
         return self
@@ -289,20 +334,43 @@ def open_session(
     return Session(prepare(path, request, device, engine, text=text), notify=notify, started=started)
 
 
+def open_source(path: Path) -> Source:
+    """A checkpoint folder, or a pack. Raises MissingFile, BadCheckpoint, Unsupported."""
+    if not os.path.isdir(path):  # which, unlike Path.is_dir, takes a name too long as absent
+        raise MissingFile("no such folder", file=path, expected="a checkpoint folder with config.json, or a pack")
+    return Pack.open(path) if is_pack(path) else Checkpoint.open(path)
+
+
 def prepare(path: Path, request: Request, device: str, engine: str, *, text: bool = False) -> Ready:
-    """Checkpoint, tokenizer and libraries first, so that the floor a plan stands on is measured with them in it."""
-    checkpoint = Checkpoint.open(path)
-    tokenizer = Tokenizer.open(path) if text or (path / "tokenizer.json").exists() else None
-    if tokenizer is not None and tokenizer.vocab_size > checkpoint.model.vocab:
-        raise BadCheckpoint(
-            f"{tokenizer.vocab_size} tokens",
-            file=path / "tokenizer.json",
-            expected=f"at most vocab_size={checkpoint.model.vocab}, the rows of the token embedding",
-        )
+    """Checkpoint, text and libraries first, so that the floor a plan stands on is measured with them in it."""
+    source = open_source(path)
     # A template or a default that cannot be read is better known before gigabytes are.
-    template, defaults = ChatTemplate.open(path), read_generation(path, checkpoint.raw_config)
+    template, defaults = ChatTemplate.open(path), read_generation(path, source.raw_config)
+    folder = text_folder(source)
     runtime = engines.start(engine, device)
     if request.ram_budget is not None and runtime.device == "cpu":
         raise Usage("--ram-budget on a CPU", field="--ram-budget", expected="--budget, which counts all of it there")
+    bare = runtime.floor()
+    tokenizer = open_tokenizer(source, folder, text)
     request = replace(request, device=runtime.device, engine=runtime.engine)
-    return Ready(checkpoint, tokenizer, template, defaults, runtime, request)
+    return Ready(
+        source, tokenizer, template, defaults, runtime, request, settled(source, bare, runtime, engine, device)
+    )
+
+
+def settled(source: Source, bare: Floor, runtime: engines.Runtime, engine: str, device: str) -> Floor:
+    """The floor a run plans on: what `edge plan` was told, or what this process holds already where that is more."""
+    known = machine.known_floor(engine, device)
+    remembered = known.floor if known is not None else bare
+    text = tokenizer_bytes(source)
+    now = runtime.floor()
+    return Floor(max(remembered.host, now.host - text), max(remembered.device, now.device), text)
+
+
+def plan_floor(source: Source, request: Request, device: str, engine: str) -> tuple[Floor, Request]:
+    """The floor for a plan that loads nothing, and the request with what 'auto' comes to here."""
+    known = machine.floor_for(engine, device)
+    if request.ram_budget is not None and known.device == "cpu":
+        raise Usage("--ram-budget on a CPU", field="--ram-budget", expected="--budget, which counts all of it there")
+    floor = replace(known.floor, tokenizer=tokenizer_bytes(source))
+    return floor, replace(request, device=known.device, engine=known.engine)

@@ -70,6 +70,11 @@ class Checkpoint:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
         return max(sizes, key=sizes.__getitem__)
 
+    @property
+    def stored(self) -> dict[str, int]:
+        """Canonical name -> bytes in the files."""
+        return {name: tensor.nbytes for name, tensor in self.where.items()}
+
     def read_raw(self, name: str, window: Window | None = None) -> np.ndarray:
         """The stored bits of a window of a tensor, as uint16 or uint32 of the window's shape."""
         tensor = self.where[name]

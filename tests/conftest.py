@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 # Before transformers is imported: nothing in these tests may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor may they find, or leave, anything in the user's cache.
+os.environ["EDGE_CACHE"] = tempfile.mkdtemp(prefix="edge-tests-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
@@ -19,18 +23,26 @@ from transformers.utils import logging
 
 import edge
 from edge.session import Session
-from tests import makers
+from tests import boxed, makers
 from tests.shared import TALE
 from tests.shrink import real, shrink
 
 collect_ignore = [] if TALE.is_dir() else ["test_tale.py"]
+collect_ignore += ["test_boxed.py"] if boxed.why_not() else []
 
 
-def pytest_report_header() -> str:
-    """Whether the trained checkpoint beside the repository takes part."""
-    return (
-        f"trained checkpoint: {'found' if TALE.is_dir() else 'not beside the repository, test_tale.py not collected'}"
-    )
+def pytest_report_header() -> list[str]:
+    """Whether the trained checkpoint beside the repository and memory control groups take part."""
+    reason = boxed.why_not()
+    return [
+        f"trained checkpoint: {'found' if TALE.is_dir() else 'not beside the repository, test_tale.py not collected'}",
+        f"memory control groups: {f'{reason}, test_boxed.py not collected' if reason else 'can be made'}",
+    ]
+
+
+def pytest_unconfigure() -> None:
+    """The cache of this run goes with it."""
+    shutil.rmtree(os.environ["EDGE_CACHE"], ignore_errors=True)
 
 
 logging.set_verbosity_error()

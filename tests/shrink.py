@@ -62,6 +62,8 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
     if text["model_type"] == "gemma3n_text":
         fewer_layers(text)
     divide(text, DIVISORS[text["model_type"]])
+    for level in (small, text):
+        lower_ids(level, text["vocab_size"])
     before, after = parse(raw), parse(small)
     assert mechanisms(after) == mechanisms(before), mechanisms(after) ^ mechanisms(before)
     assert kinds(after) == kinds(before), kinds(after) ^ kinds(before)
@@ -83,6 +85,16 @@ def divide(data: dict[str, Any], divisors: dict[str, int]) -> None:
         elif key in divisors and value is not None:
             by = divisors[key]
             data[key] = [v // by for v in value] if isinstance(value, list) else value // by
+
+
+def lower_ids(data: dict[str, Any], vocab: int) -> None:
+    """In place: the ids of special tokens that the small vocabulary does not reach become its last ones."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = data.get(key)
+        if isinstance(value, list):
+            data[key] = [v if v < vocab else vocab - 1 - i for i, v in enumerate(value)]
+        elif value is not None and value >= vocab:
+            data[key] = vocab - 1
 
 
 def fewer_layers(text: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.synthetic import write_random
+from loaders.formats.synthetic import write_random
 from tests.shrink import CONFIGS
 
 pytestmark = pytest.mark.slow

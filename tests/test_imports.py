@@ -6,6 +6,7 @@ Everything is read with ``ast``, imports inside functions included; the rules ar
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -268,25 +269,51 @@ def test_no_file_is_longer_than_a_sitting() -> None:
     assert {path: n for path, n in lines.items() if n > MOST_LINES} == {}
 
 
-# Without torch and its like: all of loaders/, `edge inspect`, and the help of every command.
+# Without torch and its like: all of loaders/, everything that is done before a run, and the help of every command.
 HOOK = """
 import sys
 class No:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "onnx", "onnxruntime", "transformers"}:
+        if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError("not here: " + name, name=name)
+ABSENT = {"torch", "onnx", "onnxruntime", "transformers", "triton"}
 sys.meta_path.insert(0, No())
 from importlib import import_module
 import edge
 assert "numpy" not in sys.modules, "import edge is not free"
 from edge.cli.app import run_app
+model, new = sys.argv[1:3]
+assert run_app(["pack", model, "--precision", "int8", "-q"]) == 0  # compiles the vocabulary, with tokenizers
+ABSENT.add("tokenizers")
+for name in [name for name in sys.modules if name.partition(".")[0] == "tokenizers"]:
+    del sys.modules[name]
+from edge.budget import machine
+machine.remember_floor("auto", "auto", machine.Known(machine.Floor(1 << 28), "torch", "cpu"))
+machine.subprocess.run = None  # what is remembered is not measured again
+for source in (model, new + "/pack"):
+    assert run_app(["plan", source, "--budget", "64GB"]) == 0
+    assert run_app(["plan", source, "--budget", "64GB", "--json"]) == 0
+    assert run_app(["plan", source, "--budget", "1MB", "--json"]) == 80
+    if source == model:
+        assert run_app(["pack", source, "-q"]) == 0
+        import glob, os, shutil
+        shutil.copytree(*glob.glob(os.environ["EDGE_CACHE"] + "/packs/[!.]*"), new + "/pack")
+assert run_app(["pack", new + "/pack", "--verify"]) == 0
+assert run_app(["pack", "--list", "--json"]) == 0
+assert run_app(["inspect", model, "--json"]) == 0
+assert run_app(["synth", "--config", model, "-o", new + "/random"]) == 0
+assert run_app(["pack", new + "/random", "-o", new + "/packed", "--precision", "int4"]) == 0
+from pathlib import Path
+from edge.session import open_source
+from edge.store.text import open_tokenizer, text_folder
+pack = open_source(Path(new + "/pack"))
+assert len(open_tokenizer(pack, text_folder(pack), True).encode("once upon a time")) > 4
 assert run_app(["--help"]) == 0
-assert run_app(["inspect", sys.argv[1], "--json"]) == 0
-for command in ("run", "plan", "inspect", "slice"):
+for command in ("run", "plan", "inspect", "pack", "slice", "synth"):
     assert run_app([command, "--help"]) == 0
-for name in sys.argv[2].split():
+for name in sys.argv[3].split():
     import_module(name)
-assert not {"torch", "onnx", "onnxruntime", "transformers"} & set(sys.modules)
+assert not ABSENT & set(sys.modules)
 try:
     import torch
 except ModuleNotFoundError:
@@ -294,10 +321,12 @@ except ModuleNotFoundError:
 """
 
 
-def test_loaders_and_inspect_work_where_no_engine_is_installed() -> None:
+def test_loaders_and_all_that_comes_before_a_run_work_where_no_engine_is_installed(tmp_path: Path) -> None:
+    """Without the tokenizers library too, once a pack holds the vocabulary."""
     loaders = " ".join(name for name in MODULES if name.startswith("loaders"))
-    command = [sys.executable, "-c", HOOK, str(built("gemma3n")), loaders]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", HOOK, str(built("gemma3n")), str(tmp_path), loaders]
+    env = {**os.environ, "EDGE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("THE END\n")
-    assert done.stdout.count("Usage: edge") == 5
+    assert done.stdout.count("Usage: edge") == 7

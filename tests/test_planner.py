@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import edge.budget.plan as planner
 from edge.budget.plan import CONTEXTS, Floor, Plan, Request, choose, enumerate_plans
+from edge.budget.quality import KEEPS
 from loaders.checkpoint import Checkpoint
 from loaders.errors import Usage, WontFit
 from loaders.families import Family, family_of
@@ -24,11 +25,13 @@ from loaders.formats.config import Config
 from loaders.network.matformer import sliced
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, core, total
+from tests.shrink import real
 from tests.small import GEMMA3N, LLAMA, built
 
 MIB = 1 << 20
 GB = 10**9
 FLOOR = Floor(400 * MIB)
+SMALL_FLOOR = Floor(256 * MIB)
 GPU_FLOOR = Floor(900 * MIB, 500 * MIB)
 E4B = {
     "model_type": "gemma3n_text",
@@ -78,6 +81,7 @@ def known(name: str) -> Checkpoint:
     small |= {key: GEMMA3N[key][1:5] for key in ("layer_types", "intermediate_size", "activation_sparsity_pattern")}
     return {
         "e4b": lambda: headers(E4B),
+        "e2b": lambda: headers(real("gemma-3n-E2B")),
         "gemma": lambda: headers(small, "F32"),
         "llama": lambda: headers(LLAMA, "F32"),
         "llama16": lambda: headers({**LLAMA, "max_position_embeddings": 700}, "F16"),
@@ -121,18 +125,20 @@ def smallest(name: str, **pins: Any) -> int:
 
 
 def rank(plan: Plan) -> tuple[Any, ...]:
-    """How good a plan is, written down anew: context, quality, precision, nearness of the table, chunk."""
+    """How good a plan is, written down anew: context, quality, precision, that of the cache, nearness, chunk."""
     near = {"none": 1, "device": 1, "ram": 1, "ssd": 0}[plan.ple]
-    return plan.context, plan.quality.depth, plan.quality.score, plan.precision == "float32", near, plan.chunk
+    precise = {"float32": 3, "bf16": 2, "int8": 1, "int4": 0}
+    quality = plan.quality
+    return plan.context, quality.depth, quality.score, precise[plan.precision], precise[plan.kv], near, plan.chunk
 
 
-NAMES = st.sampled_from(["e4b", "gemma", "llama", "llama16"])
+NAMES = st.sampled_from(["e4b", "e2b", "gemma", "llama", "llama16"])
 # From far too little to more than anything needs, fine where the small models live.
 EXTRA_BYTES = st.one_of(st.integers(-50 * MIB, 2 * MIB), st.integers(0, 80 * MIB), st.integers(0, 16 * GB))
 PINS = st.fixed_dictionaries(
     {},
     optional={
-        "precision": st.sampled_from(["float32", "bf16"]),
+        "precision": st.sampled_from(["float32", "bf16", "int8", "int4"]),
         "kv": st.sampled_from(["float32", "bf16"]),
         "context": st.sampled_from([1, 17, 512, 700]),
     },
@@ -233,7 +239,7 @@ def test_what_there_is_to_choose_from_does_not_depend_on_the_budget() -> None:
     for name in ("gemma", "llama"):
         all_plans = enumerate_plans(known(name), Request(), FLOOR)
         assert enumerate_plans(known(name), Request(budget=5, ram_budget=7), FLOOR) == all_plans
-        assert len({(p.part, p.precision, p.ple, p.context, p.chunk) for p in all_plans}) == len(all_plans)
+        assert len({(p.part, p.recipe, p.kv, p.ple, p.context, p.chunk) for p in all_plans}) == len(all_plans)
 
 
 def test_without_a_budget_the_best_there_is() -> None:
@@ -275,8 +281,9 @@ def test_pinned_precisions_halve_and_double() -> None:
 
 
 def test_a_sixteen_bit_checkpoint_is_not_blown_up_unless_asked() -> None:
-    assert {plan.precision for plan in every("e4b")} == {"bf16"}
-    assert {plan.precision for plan in every("gemma")} == {"bf16", "float32"}
+    assert {plan.precision for plan in every("e4b")} == {"bf16", "int8", "int4"}
+    assert {plan.precision for plan in every("gemma")} == {"bf16", "float32", "int8", "int4"}
+    assert plan_for("e4b", None).precision == "bf16"
     assert plan_for("e4b", None, precision="float32").bytes["weights"] > 1.99 * plan_for("e4b", None).bytes["weights"]
 
 
@@ -285,7 +292,8 @@ def test_a_sixteen_bit_checkpoint_is_not_blown_up_unless_asked() -> None:
     [
         ({"context": 0}, "--context"),
         ({"context": -1}, "--context"),
-        ({"precision": "int4"}, "--precision"),
+        ({"precision": "int3"}, "--precision"),
+        ({"precision": "int4, head int4"}, "--precision"),
         ({"kv": "fp8"}, "--kv"),
         ({"ple": "none"}, "--ple"),
         ({"slice": "E5B"}, "--slice"),
@@ -323,10 +331,13 @@ def test_a_plain_model_has_neither_slices_nor_a_table(pins: dict[str, str]) -> N
 
 def test_a_refusal_says_what_to_unpin() -> None:
     with pytest.raises(WontFit) as refused:
-        plan_for("e4b", 6 * GB, slice="full", context=32_768)
+        plan_for("e4b", 6 * GB, slice="full", context=32_768, precision="bf16")
+    assert "--slice and --precision and --context" in str(refused.value)
+    with pytest.raises(WontFit) as refused:
+        plan_for("e4b", 2 * GB, slice="full", context=32_768)
     assert "--slice and --context" in str(refused.value)
     with pytest.raises(WontFit) as refused:
-        plan_for("e4b", 2 * GB)
+        plan_for("e4b", GB)
     assert "to the planner" not in str(refused.value)
 
 
@@ -334,14 +345,15 @@ def test_a_refusal_says_what_to_unpin() -> None:
 
 
 def test_the_smallest_plan_is_named_and_its_bytes_are_enough() -> None:
-    with pytest.raises(WontFit) as refused:
-        plan_for("e4b", 2 * GB)
-    text, needed = str(refused.value), refused.value.needed
-    assert "E2B in bf16, PLE table on SSD, context 512" in text
-    assert f"{needed} bytes" in text
-    assert f"--budget {needed}" in text
-    assert needed == smallest("e4b")
-    assert plan_for("e4b", needed).slice == "E2B"
+    for pins, precision in (({"precision": "bf16"}, "bf16"), ({"precision": "int8"}, "int8"), ({}, "int4, head int4")):
+        with pytest.raises(WontFit) as refused:
+            plan_for("e4b", 3 * GB // 2, **pins)
+        text, needed = str(refused.value), refused.value.needed
+        assert f"E2B in {precision}, PLE table on SSD, context 512" in text
+        assert f"{needed} bytes" in text
+        assert f"--budget {needed}" in text
+        assert needed == smallest("e4b", **pins)
+        assert plan_for("e4b", needed, **pins).slice == "E2B"
 
 
 def test_where_nothing_is_published_narrowing_ranks_above_skipping() -> None:
@@ -373,7 +385,7 @@ def test_published_slices_rank_by_their_published_figures() -> None:
     ],
 )
 def test_what_e4b_becomes_within_a_budget(budget: float, slice: str, tier: str) -> None:
-    plan = plan_for("e4b", int(budget))
+    plan = plan_for("e4b", int(budget), precision="bf16")
     assert (plan.slice, plan.ple, plan.context, plan.precision) == (slice, tier, 4096, "bf16")
 
 
@@ -382,8 +394,9 @@ def test_quality_comes_before_nearness_and_nearness_before_bytes() -> None:
     assert near.ple == "ram"
     between = far.total_bytes + (near.total_bytes - far.total_bytes) // 2
     assert between > plan_for("e4b", None, slice="E2B").total_bytes, "E2B with its table in RAM would fit as well"
-    assert plan_for("e4b", between).slice == "E3.59B"
-    assert plan_for("e4b", between).ple == "ssd"
+    chosen = plan_for("e4b", between)
+    assert (chosen.slice, chosen.ple, chosen.precision) == ("E3.59B", "ssd", "bf16"), "int8 with it in RAM would fit"
+    assert plan_for("e4b", None, precision="int8").total_bytes < between
 
 
 def test_e4b_costs_what_its_tensors_weigh() -> None:
@@ -401,12 +414,115 @@ def test_e4b_costs_what_its_tensors_weigh() -> None:
     assert core(known("e4b").model) == 3_980_491_248 - 15 * 2_097_408
 
 
+# Quantized: what the published models become on the machines this is for
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "slice", "precision", "score"),
+    [
+        ("e4b", 2.0, "E1.96B", "int4, head int4", 53.4),
+        ("e4b", 2.5, "E3.18B", "int4, head int4", 61.8),
+        ("e4b", 2.9, "E3.59B", "int4, head int4", 63.4),
+        ("e4b", 3.0, "E3.59B", "int4", 63.4),
+        ("e4b", 4.0, "E3.59B", "int4", 63.4),
+        ("e4b", 5.0, "E3.59B", "int8", 63.4),
+        ("e2b", 2.0, "full", "int4, head int4", None),
+        ("e2b", 2.5, "full", "int4", None),
+        ("e2b", 3.0, "full", "int8", None),
+        ("e2b", 4.0, "full", "int8", None),
+        ("e2b", 5.5, "full", "bf16", None),
+    ],
+)
+def test_what_published_models_become_in_little_memory(
+    name: str, budget: float, slice: str, precision: str, score: float | None
+) -> None:
+    plan = choose(known(name), Request(budget=int(budget * GB)), SMALL_FLOOR)
+    assert (plan.slice, plan.recipe.label, plan.ple, plan.context, plan.kv) == (slice, precision, "ssd", 4096, "bf16")
+    if score is not None:
+        keeps = KEEPS[plan.precision, plan.recipe.head]
+        assert plan.quality.score == pytest.approx(25 + (score - 25) * keeps)
+
+
+@pytest.mark.parametrize("name", ["e4b", "e2b"])
+def test_what_does_not_fit_a_gigabyte_and_a_half_at_all(name: str) -> None:
+    with pytest.raises(WontFit) as refused:
+        choose(known(name), Request(budget=3 * GB // 2), SMALL_FLOOR)
+    assert "in int4, head int4, PLE table on SSD, context 512" in str(refused.value)
+    plans = planner.enumerate_plans(known(name), Request(), SMALL_FLOOR)
+    assert refused.value.needed == min(plan.total_bytes for plan in plans)
+    assert 1.70 * GB < refused.value.needed < 1.80 * GB
+
+
+@pytest.mark.parametrize("name", ["E2B", "E3.18B", "full"])
+def test_quantized_weights_cost_what_their_blocks_weigh(name: str) -> None:
+    """A block of 32 values takes 34 bytes at int8 and 18 at int4; vectors and what steers stay float32."""
+    bf16 = plan_for("e4b", None, slice=name, precision="bf16").bytes["weights"]
+    int8 = plan_for("e4b", None, slice=name, precision="int8").bytes["weights"]
+    assert 34 / 64 * bf16 <= int8 < 1.002 * 34 / 64 * bf16
+    usual = plan_for("e4b", None, slice=name, precision="int4")
+    forced = plan_for("e4b", smallest("e4b", slice=name, precision="int4"), slice=name, precision="int4")
+    assert (usual.recipe.head, forced.recipe.head) == ("int8", "int4")
+    assert usual.bytes["weights"] - forced.bytes["weights"] == 262_400 * 2048 // 32 * 16
+    assert 18 / 64 * bf16 <= forced.bytes["weights"] < 1.06 * 18 / 64 * bf16, "gates and projections stay at int8"
+
+
+def test_a_quantized_run_has_a_table_of_bytes_and_a_cache_of_sixteen_bits() -> None:
+    """Its rows are a scale and a byte a value, whatever the core's precision."""
+    for precision in ("int8", "int4"):
+        plan = plan_for("e4b", None, slice="full", ple="ram", precision=precision)
+        assert plan.bytes["ple"] == 262_144 * 35 * (256 + 2)
+        assert plan.kv == "bf16"
+        assert plan_for("e4b", None, precision=precision, kv="float32").kv == "float32"
+
+
+def test_a_precision_keeps_its_share_of_what_is_above_chance() -> None:
+    """At one slice the order is fixed; between slices a narrow one in more bits may lose to a wide one in fewer."""
+    for name in ("e4b", "e2b", "gemma"):
+        for part in {plan.part for plan in every(name)}:
+            scores = {p.recipe: p.quality.score for p in every(name) if p.part == part}
+            ordered = sorted(scores, key=lambda recipe: list(KEEPS).index((recipe.precision, recipe.head)))
+            assert [scores[r] for r in ordered] == sorted(scores.values(), reverse=True)
+            best = max(scores.values())
+            chance = 25.0 if name == "e4b" else 0.0
+            for recipe, score in scores.items():
+                assert score - chance == pytest.approx((best - chance) * KEEPS[recipe.precision, recipe.head])
+    wide, narrow = plan_for("e4b", None, slice="full", precision="int4"), plan_for("e4b", None, slice="E2B")
+    assert wide.quality.score > narrow.quality.score
+    assert wide.total_bytes < narrow.total_bytes
+
+
+def test_the_tokenizer_is_held_against_the_budget_of_its_machine() -> None:
+    floor = Floor(400 * MIB, 500 * MIB, 33 * MIB)
+    bare, with_text = (choose(known("e4b"), Request(), f) for f in (replace(floor, tokenizer=0), floor))
+    assert with_text.bytes == {**bare.bytes, "tokenizer": 33 * MIB}
+    on_gpu = choose(known("e4b"), Request(device="cuda"), floor)
+    assert on_gpu.host_bytes["tokenizer"] == 33 * MIB
+    assert "tokenizer" not in on_gpu.bytes
+
+
+def test_plans_are_told_as_they_are_kept() -> None:
+    plan = plan_for("e4b", smallest("e4b"))
+    told = plan.as_dict()
+    assert (told["precision"], told["head"], plan.label().split(",")[0]) == ("int4", "int4", "E2B in int4")
+    assert told["bytes_per_token"] == plan.bytes["weights"]
+    assert plan.predicted_tps(told["bytes_per_token"] * 7.5) == pytest.approx(7.5)
+    assert plan.predicted_tps(None) is None
+    untied = plan_for("llama", None)
+    assert untied.bytes_per_token == untied.bytes["weights"] - untied_embedding()
+
+
+def untied_embedding() -> int:
+    """Bytes of a table of which decoding reads one row."""
+    return LLAMA["vocab_size"] * LLAMA["hidden_size"] * 4
+
+
 def test_planning_e4b_is_fast() -> None:
     """Half a second of processor time: nobody should feel that the number was thought about."""
     started = time.process_time()
     found = enumerate_plans(known("e4b"), Request(budget=6 * GB), FLOOR)
-    assert len(found) > 100
     assert time.process_time() - started < 0.5
+    assert {(plan.precision, plan.recipe.head) for plan in found} == set(KEEPS) - {("float32", "float32")}
+    assert len(found) == 16 * 4 * 2 * len(CONTEXTS) * 3, "slices, recipes, tiers, contexts, chunks"
 
 
 # Two budgets: a GPU and its host
@@ -436,7 +552,7 @@ def test_on_a_gpu_the_table_may_be_pinned_to_the_device() -> None:
 
 def test_on_a_cpu_everything_counts_against_one_budget() -> None:
     plan = plan_for("e4b", None)
-    assert set(plan.bytes) == {"runtime", "weights", "ple", "kv", "activations"}
+    assert set(plan.bytes) == {"runtime", "tokenizer", "weights", "ple", "kv", "activations"}
     assert (plan.host_bytes, plan.host_total_bytes) == ({}, 0)
     assert "host_bytes" not in plan.as_dict()
 
@@ -444,12 +560,14 @@ def test_on_a_cpu_everything_counts_against_one_budget() -> None:
 def test_the_table_in_ram_costs_the_device_nothing() -> None:
     device = gpu(None, slice="full").total_bytes
     assert gpu(device, slice="full").ple == "ram"
+    assert gpu(device, slice="full").precision == "bf16"
     with pytest.raises(WontFit):
-        plan_for("e4b", device, slice="full", ple="ram")
+        plan_for("e4b", device, slice="full", ple="ram", precision="bf16")
 
 
 def test_the_ram_budget_sends_the_table_to_storage() -> None:
     roomy, tight = gpu(20 * GB, 8 * GB), gpu(20 * GB, 3 * GB)
+    assert roomy.precision == tight.precision == "bf16", "near in int8 would fit as well"
     assert (roomy.ple, tight.ple) == ("ram", "ssd")
     assert roomy.slice == tight.slice == "E3.59B"
     with pytest.raises(WontFit, match="--ram-budget") as refused:

@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edge
+from edge.engine.torch_ple import open_rows
 from edge.store.ple import READERS, Counters, MemoryTable, StreamedTable, in_table
 from edge.store.weights import fill
 from loaders.checkpoint import RAW, Checkpoint
 from loaders.errors import ReadFailed
+from loaders.formats.buffers import to_float32
 from loaders.network.matformer import Part, parts
 from loaders.network.tensors import PLE_TABLE
 from loaders.slices import named
@@ -44,8 +47,8 @@ def part_of(checkpoint: Checkpoint, slice: str = "full") -> Part:
 
 def streamed(checkpoint: Checkpoint, rows: int = 8, slice: str = "full") -> StreamedTable:
     """A table with a cache for ``rows`` rows."""
-    part = part_of(checkpoint, slice)
-    return StreamedTable(checkpoint, part, rows * part.window.shape[1] * checkpoint.where[PLE_TABLE].itemsize)
+    part, tensor = part_of(checkpoint, slice), checkpoint.where[PLE_TABLE]
+    return StreamedTable(checkpoint.shards, tensor, part.window, rows * part.window.shape[1] * tensor.itemsize)
 
 
 def in_memory(checkpoint: Checkpoint, slice: str = "full") -> MemoryTable:
@@ -228,7 +231,7 @@ def test_rows_and_counters_follow_the_story(steps: list[tuple[list[int], list[in
 @pytest.mark.parametrize("cache_bytes", [384, 385, 767, 768, 10_000, 15_168])
 def test_the_cache_keeps_within_its_bytes(cache_bytes: int) -> None:
     checkpoint = opened("gemma3n")
-    table = StreamedTable(checkpoint, part_of(checkpoint), cache_bytes)
+    table = StreamedTable(checkpoint.shards, checkpoint.where[PLE_TABLE], part_of(checkpoint).window, cache_bytes)
     table.rows(np.arange(ROWS))
     assert table.cache.nbytes <= cache_bytes
     assert table.cache.nbytes == len(table.slots) * table.row_bytes
@@ -481,7 +484,92 @@ def test_closing_waits_for_the_read_under_way_and_leaves_no_thread(disk: Disk) -
     table.close()
 
 
+# Giving memory back
+
+
+def test_a_streamed_table_gives_back_its_cache_and_finds_the_same_rows() -> None:
+    checkpoint = opened("gemma3n")
+    table, expected, ids = streamed(checkpoint, 40), truth(checkpoint), np.arange(100, 140)
+    table.rows(ids)
+    table.prefetch([7])
+    before, read = table.cache.nbytes, table.counters.bytes_read
+    assert table.relieve() == before - table.cache.nbytes == 35 * table.row_bytes
+    assert np.array_equal(table.rows(at([7])), expected[[7]]), "what is on its way still arrives"
+    assert np.array_equal(table.rows(ids), expected[ids])
+    assert table.counters.bytes_read == read + 41 * table.row_bytes, "what was given up is read again"
+    assert len(table.slots) == 5
+    assert np.array_equal(table.rows(ids[-5:]), expected[ids[-5:]])
+    assert table.counters.bytes_read == read + 41 * table.row_bytes, "what is left of the cache still caches"
+    table.close()
+
+
+def test_a_table_can_be_asked_again_and_again_and_keeps_a_row() -> None:
+    checkpoint = opened("gemma3n")
+    table, expected = streamed(checkpoint, 40), truth(checkpoint)
+    assert [table.relieve() // table.row_bytes for _ in range(3)] == [35, 4, 0]
+    for ids in ([3], [5, 3, 5, 200], list(range(ROWS))):
+        table.prefetch(ids)
+        assert np.array_equal(table.rows(at(ids)), expected[ids])
+    assert table.cache.nbytes == table.row_bytes
+    table.close()
+
+
+def test_a_read_that_was_under_way_may_find_a_smaller_cache(table: StreamedTable, disk: Disk) -> None:
+    disk.gate.clear()
+    ids = list(range(0, 16, 2))
+    table.prefetch(ids)
+    assert disk.entered.wait(WAIT)
+    table.relieve()
+    disk.gate.set()
+    assert np.array_equal(table.rows(at(ids)), truth(opened("gemma3n"))[ids])
+    assert len(table.slots) == 1
+
+
+def test_a_table_in_memory_has_nothing_to_give() -> None:
+    memory, expected = in_memory(opened("gemma3n")), truth(opened("gemma3n"))
+    assert memory.relieve() == 0
+    assert np.array_equal(memory.rows(np.arange(ROWS)), expected)
+
+
 # In a session
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma3n-bf16"])
+@pytest.mark.parametrize("slice", ["full", "skip=1,6-8,11"])
+def test_rows_come_decoded_from_every_tier(name: str, slice: str) -> None:
+    """float32 [t, layers, dim], whatever they are stored in; the same after they have given way."""
+    checkpoint, ids = opened(name), at([7, *OUTSIDE, 0, ROWS - 1, 7])
+    layers = len(named(checkpoint.model, slice).keep)
+    wanted = to_float32(truth(checkpoint, slice), checkpoint.where[PLE_TABLE].dtype)[in_table(ids, ROWS)]
+    for tier in ("device", "ram", "ssd"):
+        rows = open_rows(checkpoint, part_of(checkpoint, slice), layers, tier, 10_000, torch.device("cpu"))
+        for relieved in (False, True):
+            found = rows.gather(ids)
+            assert (found.dtype, tuple(found.shape)) == (torch.float32, (len(ids), layers, 8))
+            assert np.array_equal(found.numpy().reshape(len(ids), -1), wanted)
+            assert relieved or (rows.relieve() > 0) == (tier == "ssd")
+        assert rows.counters.rows == 2 * len(ids)
+        rows.close()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_a_session_that_gives_memory_back_says_the_same(gemma3n: Path, precision: str) -> None:
+    with edge.load(gemma3n, context=64, ple="ssd", precision=precision) as session:
+        whole = said(session)
+        session.reset()
+        events = session.generate("once upon a time", max_tokens=12)
+        found = [next(events).token for _ in range(4)]
+        table = session.engine.rows.table
+        before = table.cache.nbytes
+        assert session.engine.relieve() == before - table.cache.nbytes > 0
+        found += [event.token for event in events][:-1]
+        assert found == whole
+        session.reset()
+        session.watch.add_relief(session.relief)
+        assert session.relief() is False, "a watch is told: later"
+        before = table.cache.nbytes
+        assert said(session) == whole
+        assert table.cache.nbytes < before, "honoured before the next pass"
 
 
 def said(session: Any, tokens: int = 12) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +19,17 @@ from tokenizers import Tokenizer
 
 import edge
 from edge import engine as engines
+from edge.budget import machine
 from edge.budget.memory import ProcessMemory
 from edge.budget.plan import Floor
+from edge.budget.watch import Watch
+from edge.engine.torch_blocks import Blocks
 from edge.generate import Event
 from edge.session import Session
+from edge.store.text import tokenizer_bytes
+from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, EdgeError, MissingFile, OverBudget, Unsupported, Usage, WontFit
+from loaders.formats.pack import Pack
 from loaders.network.tensors import PLE_TABLE, tensors
 from tests.small import ROWS, VOCAB, Clone, chatty_fixture, clone_fixture, gemma3n_fixture, llama_fixture  # noqa: F401
 
@@ -96,6 +104,28 @@ def test_what_is_held_is_what_was_planned(load: Load, precision: str, tier: str,
         assert planned["ple"] - table.row_bytes < table.cache.nbytes <= planned["ple"]
     assert session.ledger.held() == session.ledger.planned == planned
     assert {w.dtype for n, w in engine.weights.items() if len(w.shape) == 1} == {torch.float32}
+    assert session.source is session.checkpoint
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("tier", ["ram", "ssd"])
+@pytest.mark.parametrize("slice", ["full", "half+skip-first-shared", "ffn=96x6,64x5,128x1"])
+def test_what_is_held_quantized_is_what_was_planned(load: Load, precision: str, tier: str, slice: str) -> None:
+    session = load(precision=precision, ple=tier, slice=slice)
+    planned, engine, table = session.plan.bytes, session.engine, session.engine.rows.table
+    assert sum(w.nbytes for w in engine.weights.values()) == planned["weights"] == session.ledger.held()["weights"]
+    assert set(engine.weights) == set(tensors(session.model)) - {PLE_TABLE}
+    row = len(session.model.layers) * (2 + 8)
+    if tier == "ram":
+        assert table.raw.nbytes == planned["ple"] == ROWS * row
+    else:
+        assert planned["ple"] - row < table.cache.nbytes <= planned["ple"]
+    assert session.ledger.held() == session.ledger.planned == planned
+    kinds = {w.bits if isinstance(w, Blocks) else w.dtype for w in engine.weights.values()}
+    assert kinds == {torch.float32, torch.bfloat16, *((8, 4) if precision == "int4" else (8,))}
+    assert isinstance(session.checkpoint, Checkpoint)
+    assert isinstance(session.source, Pack)
+    assert session.source.folder.is_relative_to(os.environ["EDGE_CACHE"])
 
 
 def test_a_plain_model_is_held_as_planned(load: Load, llama: Path) -> None:
@@ -501,9 +531,69 @@ def test_memory_is_accounted_for(load: Load) -> None:
     assert 0 < memory["rss_bytes"] <= memory["peak_bytes"]
     assert memory["anonymous_bytes"] + memory["file_backed_bytes"] <= memory["rss_bytes"]
     assert memory["device_peak_bytes"] is None
+    assert 0 < memory["pss_bytes"] <= memory["rss_bytes"]
     assert memory["components"] == {n: {"planned": b, "peak": b} for n, b in session.plan.bytes.items()}
     assert json.loads(json.dumps(memory)) == memory
     assert load().memory()["budget_bytes"] is None
+
+
+def test_a_budget_that_is_passed_all_the_same_ends_the_answer(load: Load) -> None:
+    """The watch has seen too much: the next pass is not made, and what was said until then stands."""
+    session = load(budget="64GB", ple="ssd")
+    whole = tokens(session.generate(PROMPT, max_tokens=8))
+    session.reset()
+    events = session.generate(PROMPT, max_tokens=8)
+    said = [next(events).token for _ in range(3)]
+    assert session.watch.budget == 64 * 10**9
+    session.watch.stop()
+    too_much = Watch(session.watch.budget, period=0.001, read=lambda: 65 * 10**9)
+    too_much.add_relief(session.relief)
+    session.watch = too_much.start()
+    end = time.monotonic() + 20
+    while not too_much.over and time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(OverBudget) as stopped:
+        list(events)
+    assert stopped.value.exit_code == 81
+    assert "65.0 GB" in str(stopped.value)
+    assert "--budget" in str(stopped.value)
+    assert said == whole[:3]
+    with pytest.raises(OverBudget):
+        session.step([5])
+
+
+def test_a_session_without_a_budget_has_no_watch_thread_and_one_with_it_has(load: Load) -> None:
+    def watched() -> bool:
+        return any(thread.name == "edge-watch" for thread in threading.enumerate())
+
+    assert load().watch.budget is None
+    assert not watched()
+    with edge.load(load().checkpoint.folder, context=64, budget="64GB"):
+        assert watched()
+    assert not watched()
+
+
+def test_loading_stops_where_the_budget_is_passed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tensors: a plan that was wrong does not take the machine with it."""
+    before, told = {thread.name for thread in threading.enumerate()}, []
+    monkeypatch.setattr(Watch, "over", property(lambda self: bool(told)))
+    monkeypatch.setattr(Watch, "peak", property(lambda self: 70 * 10**9))
+    with pytest.raises(OverBudget):
+        load(budget="64GB", notify=lambda *what: told.append(what))
+    assert [what for what, *_ in told] == ["loading"]
+    assert {thread.name for thread in threading.enumerate()} <= before
+
+
+def test_the_floor_is_the_greater_of_what_is_remembered_and_what_is_seen(load: Load, floor: Floor) -> None:
+    text = tokenizer_bytes(load().checkpoint)
+    assert floor.tokenizer == text > 0
+    for remembered, expected in ((floor.host + 5, floor.host + 5), (1, floor.host - text)):
+        with pytest.MonkeyPatch.context() as patch:
+            known = machine.Known(Floor(remembered), "torch", "cpu")
+            patch.setattr(machine, "known_floor", lambda engine, device, known=known: known)
+            session = load(ple="ssd")
+        assert session.floor == Floor(expected, 0, text)
+        assert (session.plan.bytes["runtime"], session.plan.bytes["tokenizer"]) == (expected, text)
 
 
 def test_a_smaller_budget_takes_a_smaller_model(load: Load, floor: Floor) -> None:

@@ -10,25 +10,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge.budget.price import components
+from edge.budget.price import Prices
 from edge.budget.quality import Quality, qualities
 from edge.budget.units import format_bytes
-from edge.store.weights import weights_bytes
-from loaders.checkpoint import Checkpoint
+from edge.store.weights import Source, kept
 from loaders.errors import Usage, WontFit
 from loaders.families import NamedSlice
+from loaders.formats.pack import Pack, refuse_precision
+from loaders.formats.recipe import PRECISIONS, Recipe, recipes
 from loaders.network.matformer import Slice, sliced
-from loaders.network.tensors import tensors
 from loaders.slices import candidates, resolve
 
-PRECISIONS = ("float32", "bf16")
+KV = ("float32", "bf16")
 TIERS = ("device", "ram", "ssd")
 CONTEXTS = (4096, 2048, 1024, 512)
 # A GPU wants long chunks; on a CPU they would only cost memory.
-CHUNKS = {"cpu": (256, 64, 16), "cuda": (1024, 256, 64, 16), "mps": (256, 64, 16)}
+CHUNKS = {"cpu": (256, 64, 16), "cuda": (1024, 512, 256, 64, 16), "mps": (256, 64, 16)}
 DEVICE_SLACK = 24 << 20
 # What compiling a GPU kernel takes the first time it is met; later runs find it compiled on disk.
 COMPILER = 128 << 20
+# What a GPU run holds on the host while it loads and computes: weights on their way, ids, logits.
+STAGING = 80 << 20
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Floor:
-    """What is taken before any weight is loaded: interpreter, libraries, tokenizer; on a GPU its context."""
+    """What is taken before any weight is loaded: interpreter and libraries, the tokenizer, on a GPU its context."""
 
     host: int
     device: int = 0
+    tokenizer: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Plan(Mapping[str, Any]):
     """
 
     part: Slice
-    precision: str
+    recipe: Recipe
     ple: str
     kv: str
     context: int
@@ -73,6 +76,12 @@ class Plan(Mapping[str, Any]):
     bytes: dict[str, int]
     host_bytes: dict[str, int] = field(default_factory=dict)
     quality: Quality = field(default_factory=Quality)
+    bytes_per_token: int = 0
+
+    @property
+    def precision(self) -> str:
+        """Of the core: float32, bf16, int8 or int4."""
+        return self.recipe.precision
 
     @property
     def slice(self) -> str:
@@ -93,11 +102,16 @@ class Plan(Mapping[str, Any]):
         """Plain data for JSON."""
         keys = ("slice", "precision", "ple", "kv", "context", "chunk", "engine", "device", "bytes", "total_bytes")
         plain = {key: getattr(self, key) for key in keys}
+        plain["head"], plain["bytes_per_token"] = self.recipe.head, self.bytes_per_token
         plain["layers"], plain["widths"] = list(self.part.keep), list(self.part.widths)
         plain["quality"] = {"score": self.quality.score, "origin": self.quality.origin}
         if self.host_bytes:
             plain.update(host_bytes=self.host_bytes, host_total_bytes=self.host_total_bytes)
         return plain
+
+    def predicted_tps(self, bandwidth: float | None) -> float | None:
+        """Tokens per second if reading weights at ``bandwidth`` bytes per second were all there is to decoding."""
+        return None if bandwidth is None else bandwidth / self.bytes_per_token
 
     def over(self, request: Request) -> int:
         """Bytes by which the tighter budget is passed; zero or less when the plan fits."""
@@ -107,7 +121,7 @@ class Plan(Mapping[str, Any]):
     def label(self) -> str:
         """One line for people."""
         tier = "" if self.ple == "none" else f", PLE table {WHERE[self.ple]}"
-        return f"{self.slice} in {self.precision}{tier}, context {self.context}"
+        return f"{self.slice} in {self.recipe.label}{tier}, context {self.context}"
 
     def __getitem__(self, key: str) -> Any:
         return self.as_dict()[key]
@@ -122,45 +136,37 @@ class Plan(Mapping[str, Any]):
 WHERE = {"device": "on the device", "ram": "in RAM", "ssd": "on SSD"}
 
 
-def enumerate_plans(checkpoint: Checkpoint, request: Request, floor: Floor) -> list[Plan]:
+def enumerate_plans(source: Source, request: Request, floor: Floor) -> list[Plan]:
     """Every combination the request leaves open, best first; contexts as one block each, longest first."""
-    model = checkpoint.model
-    slices = wanted_slices(checkpoint, request.slice)
-    ranked = sorted(zip(slices, qualities(model, slices), strict=True), key=lambda pair: pair[1].rank, reverse=True)
-    precisions = wanted_precisions(checkpoint, request.precision)
-    smaller = {named.slice: sliced(model, named.slice) for named in slices}
-    # The same for every context, tier and chunk, and what takes the time.
-    weights = {(s, p): weights_bytes(tensors(small), p) for s, small in smaller.items() for p in precisions}
-    found: list[Plan] = []
-    for context in wanted_contexts(model.context, request.context):
-        block: list[Plan] = []
-        for named, quality in ranked:
-            for precision in precisions:
-                kv = precision if request.kv == "auto" else one_of("--kv", request.kv, PRECISIONS)
-                for tier in wanted_tiers(checkpoint, request):
-                    for chunk in CHUNKS[request.device]:
-                        priced = components(
-                            checkpoint, named.slice, smaller[named.slice], weights=weights[named.slice, precision],
-                            kv=kv, tier=tier, context=context, chunk=min(chunk, context),
-                        )  # fmt: skip
-                        device, host = split(priced, floor, tier, request.device)
-                        block.append(
-                            Plan(
-                                named.slice, precision, tier, kv, context, min(chunk, context),
-                                request.engine, request.device, device, host, quality,
-                            )
-                        )  # fmt: skip
-        found.extend(sorted(block, key=preference))
-    return found
+    model = source.model
+    slices = wanted_slices(source, request.slice)
+    found: list[tuple[int, Plan]] = []
+    for named, quality in zip(slices, qualities(model, slices), strict=True):
+        small = sliced(model, named.slice)
+        prices = Prices(source, named.slice, small, kept(model, named.slice, small), request.device)
+        for recipe in wanted_recipes(source, request.precision):
+            for order, context in enumerate(wanted_contexts(model.context, request.context)):
+                for kv in wanted_kv(recipe, request.kv):
+                    for tier in wanted_tiers(source, request):
+                        for chunk in CHUNKS[request.device]:
+                            priced = prices.components(recipe, kv, tier, context, min(chunk, context))
+                            device, host = split(priced, floor, tier, request.device)
+                            plan = Plan(
+                                named.slice, recipe, tier, kv, context, min(chunk, context), request.engine,
+                                request.device, device, host, quality.at(recipe), prices.bytes_per_token(recipe),
+                            )  # fmt: skip
+                            found.append((order, plan))
+    return [plan for _, plan in sorted(found, key=lambda item: (item[0], *preference(item[1])))]
 
 
-def preference(plan: Plan) -> tuple[int, float, int, int, int, int]:
+def preference(plan: Plan) -> tuple[float, ...]:
     """Quality first, then precision, then the table near rather than far, then long chunks; fewer bytes on a tie."""
     depth, score = plan.quality.rank
     return (
         -depth,
         -score,
         PRECISIONS.index(plan.precision),
+        KV.index(plan.kv),
         ("ram", "device", "ssd", "none").index(plan.ple),
         -plan.chunk,
         plan.total_bytes,
@@ -170,20 +176,20 @@ def preference(plan: Plan) -> tuple[int, float, int, int, int, int]:
 def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple[dict[str, int], dict[str, int]]:
     """Components by where they lie: (counted against the budget, counted against the RAM budget)."""
     if device == "cpu":
-        return {"runtime": floor.host, **priced}, {}
+        return {"runtime": floor.host, "tokenizer": floor.tokenizer, **priced}, {}
     # torch hands out device memory in blocks, and keeps what is left of them.
     on_device = {"runtime": floor.device + DEVICE_SLACK, **priced}
-    host = {"runtime": floor.host, "compiler": COMPILER}
+    host = {"runtime": floor.host, "tokenizer": floor.tokenizer, "compiler": COMPILER}
     if tier != "device":
         on_device.pop("ple")
         host["ple"] = priced["ple"]
-    host["staging"] = priced["activations"] // 2
+    host["staging"] = STAGING
     return on_device, host
 
 
-def choose(checkpoint: Checkpoint, request: Request, floor: Floor) -> Plan:
+def choose(source: Source, request: Request, floor: Floor) -> Plan:
     """The best plan that fits. Raises WontFit, naming the nearest there is, before anything is loaded."""
-    return pick(enumerate_plans(checkpoint, request, floor), request)
+    return pick(enumerate_plans(source, request, floor), request)
 
 
 def pick(plans: Sequence[Plan], request: Request) -> Plan:
@@ -213,25 +219,37 @@ def freer(request: Request) -> str:
     return f", or leave {' and '.join(pinned)} to the planner" if pinned else ""
 
 
-def wanted_slices(checkpoint: Checkpoint, text: str) -> tuple[NamedSlice, ...]:
+def wanted_slices(source: Source, text: str) -> tuple[NamedSlice, ...]:
     """All candidates, or the one that was named, with its published score where there is one."""
     if text == "auto":
-        return candidates(checkpoint.model, checkpoint.family)
-    part = resolve(checkpoint.model, checkpoint.family, text)
-    known = {(s.slice.keep, s.slice.widths): s for s in checkpoint.family.slices(checkpoint.model)}
+        return candidates(source.model, source.family)
+    part = resolve(source.model, source.family, text)
+    known = {(s.slice.keep, s.slice.widths): s for s in source.family.slices(source.model)}
     return (known.get((part.keep, part.widths), NamedSlice(part)),)
 
 
-def wanted_precisions(checkpoint: Checkpoint, text: str) -> tuple[str, ...]:
-    """A 16-bit checkpoint gains nothing from float32, so ``auto`` does not offer it there."""
+def wanted_recipes(source: Source, text: str) -> tuple[Recipe, ...]:
+    """A 16-bit checkpoint gains nothing from float32, so ``auto`` does not offer it there; a pack has what it has."""
+    if isinstance(source, Pack):
+        offered = source.precisions
+        if (text != "auto" and one_of("--precision", text, PRECISIONS) not in offered) or not offered:
+            raise refuse_precision(source, text)
+    else:
+        offered = PRECISIONS if source.dtype == "F32" or text != "auto" else PRECISIONS[1:]
+    chosen = offered if text == "auto" else (one_of("--precision", text, PRECISIONS),)
+    return tuple(recipe for precision in chosen for recipe in recipes(precision))
+
+
+def wanted_kv(recipe: Recipe, text: str) -> tuple[str, ...]:
+    """Keys and values are kept as precise as the weights, in 16 bits where those have fewer."""
     if text != "auto":
-        return (one_of("--precision", text, PRECISIONS),)
-    return PRECISIONS if checkpoint.dtype == "F32" else ("bf16",)
+        return (one_of("--kv", text, KV),)
+    return KV if recipe.precision == "float32" else ("bf16",)
 
 
-def wanted_tiers(checkpoint: Checkpoint, request: Request) -> tuple[str, ...]:
+def wanted_tiers(source: Source, request: Request) -> tuple[str, ...]:
     """``auto`` never puts the table on a device: it would buy microseconds with gigabytes."""
-    if checkpoint.model.ple is None:
+    if source.model.ple is None:
         if request.ple != "auto":
             raise Usage(request.ple, field="--ple", expected="auto: this model has no per-layer embeddings")
         return ("none",)

@@ -6,9 +6,12 @@ An error is one line and an exit code of its class; a traceback appears only wit
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 
 import click
@@ -22,7 +25,7 @@ INTERRUPTED, BUG, IO, MEMORY = 130, 70, 74, 81
 class Lazy(click.Group):
     """Imports the commands' files when the command line is read; none of them imports torch."""
 
-    commands_in = ("run", "plan", "inspect", "slice")
+    commands_in = ("run", "plan", "inspect", "pack", "slice", "synth")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands_in)
@@ -48,6 +51,25 @@ def app(debug: bool) -> None:
     """
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP as exceptions: what was half-written goes, and the exit code is the shell's for them."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    # Ignored ones stay so: nohup.
+    before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_app(args: Sequence[str]) -> int:
     """Runs one command; returns the exit code."""
     debug = "--debug" in args
@@ -56,7 +78,8 @@ def run_app(args: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         # Not app.main: it would handle some errors itself, a closed pipe among them.
-        with app.make_context("edge", [a for a in args if a != "--debug"]) as context:
+        plain = [a for a in args if a != "--debug"]
+        with ended_by_signals(), app.make_context("edge", plain) as context:
             result = app.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

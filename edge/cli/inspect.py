@@ -13,6 +13,8 @@ from rich.table import Table
 from edge.budget.price import kv_bytes
 from edge.budget.units import format_bytes
 from edge.cli.show import parameters, print_json, stdout
+from edge.session import open_source
+from edge.store.weights import Source
 from loaders.checkpoint import Checkpoint
 from loaders.network.matformer import sliced
 from loaders.network.spec import Layer, Model, Rope
@@ -25,7 +27,7 @@ from loaders.slices import candidates
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: str, as_json: bool) -> None:
     """Show what MODEL is: layers, mechanisms, tensors, bytes, slices. Reads headers only."""
-    checkpoint = Checkpoint.open(Path(model))
+    checkpoint = open_source(Path(model))
     facts = summary(checkpoint)
     if as_json:
         print_json({**facts, "spec": asdict(checkpoint.model)})
@@ -40,10 +42,11 @@ def command(model: str, as_json: bool) -> None:
         console.print(slice_table(checkpoint))
 
 
-def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+def summary(checkpoint: Source) -> dict[str, Any]:
     """Counts and bytes, as data."""
     model = checkpoint.model
-    stored = {name: tensor.nbytes for name, tensor in checkpoint.where.items()}
+    stored = checkpoint.stored
+    plain = isinstance(checkpoint, Checkpoint)
     return {
         "family": model.family,
         "dtype": checkpoint.dtype,
@@ -53,17 +56,18 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "ple_bytes": stored.get(PLE_TABLE, 0),
         "ple_row_bytes": stored.get(PLE_TABLE, 0) // model.ple.rows if model.ple else 0,
         "embed_bytes": stored["embed"],
-        "skipped_bytes": checkpoint.skipped_bytes,
-        "ignored_tensors": len(checkpoint.ignored),
+        "skipped_bytes": checkpoint.skipped_bytes if plain else 0,
+        "ignored_tensors": len(checkpoint.ignored) if plain else 0,
+        "pack": None if plain else {"parts": dict(checkpoint.sizes()), "source": checkpoint.source},
         "kv_bytes_per_token": kv_bytes(model, 1, "bf16"),
         "context": model.context,
         "vocab": model.vocab,
         "slices": [s.slice.name for s in candidates(model, checkpoint.family)],
-        "notes": list(checkpoint.shards.notes),
+        "notes": list(checkpoint.shards.notes) if plain else [],
     }
 
 
-def headline(checkpoint: Checkpoint, facts: dict[str, Any]) -> list[tuple[str, str]]:
+def headline(checkpoint: Source, facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts in words."""
     model = checkpoint.model
     embed, cache = format_bytes(facts["embed_bytes"]), format_bytes(kv_bytes(model, min(4096, model.context), "bf16"))
@@ -90,10 +94,13 @@ def headline(checkpoint: Checkpoint, facts: dict[str, Any]) -> list[tuple[str, s
         lines.append(("not opened", f"{format_bytes(facts['skipped_bytes'])} of vision and audio"))
     if facts["ignored_tensors"]:
         lines.append(("unused", f"{facts['ignored_tensors']} tensors that this family carries in vain"))
+    if facts["pack"] is not None:
+        held = ", ".join(f"{part} {format_bytes(size)}" for part, size in facts["pack"]["parts"].items())
+        lines.append(("pack", f"{held}; of {facts['pack']['source']}"))
     return lines + [("note", note) for note in facts["notes"]]
 
 
-def layer_table(checkpoint: Checkpoint) -> Table:
+def layer_table(checkpoint: Source) -> Table:
     """One row per run of equal layers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = (
@@ -131,11 +138,11 @@ def layer_table(checkpoint: Checkpoint) -> Table:
     return table
 
 
-def run_size(checkpoint: Checkpoint, first: int, last: int) -> tuple[int, int]:
+def run_size(checkpoint: Source, first: int, last: int) -> tuple[int, int]:
     """(parameters, stored bytes) of a run of layers."""
     prefixes = tuple(f"layers.{i}." for i in range(first, last + 1))
     shapes = {name: shape for name, shape in tensors(checkpoint.model).items() if name.startswith(prefixes)}
-    return sum(math.prod(s) for s in shapes.values()), sum(checkpoint.where[name].nbytes for name in shapes)
+    return sum(math.prod(s) for s in shapes.values()), sum(checkpoint.stored[name] for name in shapes)
 
 
 def rope_text(rope: Rope | None) -> str:
@@ -150,7 +157,7 @@ def norm_text(layer: Layer) -> str:
     return "before and after" if "attn_out" in layer.norms and "attn_in" in layer.norms else "before"
 
 
-def slice_table(checkpoint: Checkpoint) -> Table:
+def slice_table(checkpoint: Source) -> Table:
     """The slices a planner may choose."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("slice", "parameters", "core", "MMLU", "what it keeps"):

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from edge.budget.plan import enumerate_plans, pick
+from edge.budget.machine import read_bandwidth
+from edge.budget.plan import Plan, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.options import planning, wanted
-from edge.cli.show import distinct, plan_lines, plan_table, print_json, stdout
-from edge.session import prepare
+from edge.cli.show import distinct, plan_lines, plan_table, print_json, speed_text, stdout
+from edge.session import open_source, plan_floor
 from loaders.errors import WontFit
 
 
@@ -25,47 +26,66 @@ def command(model: str, as_json: bool, device: str, engine: str, **flags: Any) -
     Exits with 80 when nothing fits.
     """
     want = wanted(**flags)
-    ready = prepare(Path(model), want.request, device, engine)
-    request, floor = ready.request, ready.runtime.floor()
-    plans = enumerate_plans(ready.checkpoint, request, floor)
+    source = open_source(Path(model))
+    floor, request = plan_floor(source, want.request, device, engine)
+    plans = enumerate_plans(source, request, floor)
+    bandwidth = read_bandwidth() if request.device == "cpu" else None
     refusal: WontFit | None = None
-    chosen = None
+    chosen: Plan | None = None
     try:
         chosen = pick(plans, request)
     except WontFit as error:
         refusal = error
     if as_json:
-        rows = [
-            {**p.as_dict(), "fits": p.over(request) <= 0, "over_bytes": max(0, p.over(request))}
-            for p in distinct(plans, request)
-        ]
-        print_json(
-            {
-                "budget_bytes": request.budget,
-                "ram_budget_bytes": request.ram_budget,
-                "floor_bytes": floor.host,
-                "plan": None if chosen is None else chosen.as_dict(),
-                "nearest": None if refusal is None else {"needed_bytes": refusal.needed, "text": str(refusal)},
-                "candidates": rows,
-            }
-        )
+        print_json(report(plans, chosen, refusal, request, floor.host, bandwidth))
     else:
-        show(plans, chosen, request, want.note)
+        show(plans, chosen, request, want.note, bandwidth)
     if refusal is not None:
         raise refusal
     return 0
 
 
-def show(plans: list[Any], chosen: Any, request: Any, note: str | None) -> None:
+def report(
+    plans: list[Plan],
+    chosen: Plan | None,
+    refusal: WontFit | None,
+    request: Request,
+    floor: int,
+    bandwidth: float | None,
+) -> dict[str, Any]:
+    """What ``--json`` prints: the chosen plan and every candidate."""
+
+    def row(plan: Plan) -> dict[str, Any]:
+        over = plan.over(request)
+        fits = {"fits": over <= 0, "over_bytes": max(0, over)}
+        return {**plan.as_dict(), **fits, "predicted_tps": plan.predicted_tps(bandwidth)}
+
+    return {
+        "budget_bytes": request.budget,
+        "ram_budget_bytes": request.ram_budget,
+        "floor_bytes": floor,
+        "read_gbps": None if bandwidth is None else bandwidth / 1e9,
+        "plan": None if chosen is None else row(chosen),
+        "nearest": None if refusal is None else {"needed_bytes": refusal.needed, "text": str(refusal)},
+        "candidates": [row(plan) for plan in distinct(plans, request)],
+    }
+
+
+def show(plans: list[Plan], chosen: Plan | None, request: Request, note: str | None, bandwidth: float | None) -> None:
     """The table, and the chosen row in words. Contexts nobody needs to fall back to are left out."""
     console = stdout()
     if note:
         console.print(note, markup=False)
     context = chosen.context if chosen is not None else min(plan.context for plan in plans)
-    console.print(plan_table([plan for plan in plans if plan.context == context], chosen, request))
+    same = [plan for plan in plans if plan.context == context]
+    console.print(plan_table(same, chosen, request, bandwidth))
     if chosen is not None:
         console.print()
         for line in plan_lines(chosen, request, plans[0]):
-            console.print(line, markup=False)
+            console.print(line, markup=False, soft_wrap=True)
+        if bandwidth is not None:
+            most = f"at most {speed_text(chosen, bandwidth)} tokens/s"
+            read = f"{format_bytes(chosen.bytes_per_token)} a token at {bandwidth / 1e9:.1f} GB/s"
+            console.print(f"      {most}: {read}, as this machine reads", markup=False)
     elif request.budget is not None:
         console.print(f"\nnothing fits {format_bytes(request.budget)}", markup=False)

@@ -67,11 +67,14 @@ INTERRUPTED = 130
 def command(**flags: Any) -> int:
     """Run MODEL on PROMPT within a memory budget.
 
-    MODEL is a checkpoint folder. Without a prompt, a terminal is a chat and a pipe is the prompt.
+    MODEL is a checkpoint folder or a pack. Without a prompt, a terminal is a chat and a pipe is the
+    prompt. The first run at int8 or int4 packs the checkpoint under the user's cache (EDGE_CACHE).
     """
     started, console = perf_counter(), stderr()
     if flags["model"] is None:
-        raise Usage("no model", field="MODEL", expected="a checkpoint folder", hint='Try: edge run ./model "Hello"')
+        raise Usage(
+            "no model", field="MODEL", expected="a checkpoint folder or a pack", hint='Try: edge run ./model "Hello"'
+        )
     prompt = read_prompt(flags["prompt"], flags["flag_prompt"])
     names = ("budget", "ram_budget", "context", "slice", "precision", "ple", "kv")
     want = wanted(**{name: flags[name] for name in names})
@@ -92,7 +95,7 @@ def command(**flags: Any) -> int:
             if want.note:
                 console.print(want.note, markup=False)
             for line in plan_lines(session.plan, session.request, session.best):
-                console.print(line, markup=False)
+                console.print(line, markup=False, soft_wrap=True)
         options = sampling(session, flags)
         ask = asker(session, flags)
         if prompt is None:
@@ -197,7 +200,7 @@ def answer(session: Session, events: Iterator[Event], as_json: bool, loud: bool)
         console = stderr()
         console.print()
         for name, figure in statistics(session, last.timing):
-            console.print(f"{name + ':':<13} {figure}", markup=False)
+            console.print(f"{name + ':':<13} {figure}", markup=False, soft_wrap=True)
     return INTERRUPTED if last.finish == "interrupted" else 0
 
 

@@ -71,40 +71,72 @@ def plan_lines(plan: Plan, request: Request, best: Plan) -> list[str]:
         lines[0] += f" on the GPU, {format_bytes(plan.host_total_bytes)}{limit} on the host"
     if request.context is not None and plan.context < request.context:
         lines.append(f"      context {request.context} cut to {plan.context}, the longest this model was made for")
-    changed = []
-    if plan.part != best.part:
-        changed.append(f"slice {best.slice} -> {plan.slice}")
-    if plan.precision != best.precision:
-        changed.append(f"precision {best.precision} -> {plan.precision}")
-    if plan.ple != best.ple:
-        changed.append(f"PLE table {best.ple} -> {plan.ple}")
-    if plan.context != best.context:
-        changed.append(f"context {best.context} -> {plan.context}")
+    pairs = (
+        ("slice", best.slice, plan.slice),
+        ("precision", best.recipe.label, plan.recipe.label),
+        ("PLE table", best.ple, plan.ple),
+        ("keys and values", best.kv, plan.kv),
+        ("context", best.context, plan.context),
+    )
+    changed = [f"{what} {before} -> {after}" for what, before, after in pairs if before != after]
     if changed:
         lines.append(f"      to fit: {', '.join(changed)} ({best.label()} needs {format_bytes(best.total_bytes)})")
     return lines
 
 
-def plan_table(plans: Sequence[Plan], chosen: Plan | None, request: Request) -> Table:
-    """One row per slice, precision and tier, at its longest chunk that fits."""
+def plan_table(plans: Sequence[Plan], chosen: Plan | None, request: Request, bandwidth: float | None = None) -> Table:
+    """One row per slice, precision and tier, at its longest chunk that fits: the best, and those around the chosen one.
+
+    ``bandwidth``, bytes per second, adds what decoding can reach at most.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     origin = plans[0].quality.origin
     for name, justify in (("", "left"), ("slice", "left"), ("precision", "left"), ("PLE", "left")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name in ("context", origin, *plans[0].bytes, "total", "fits"):
+    speed = () if bandwidth is None else ("tokens/s <=",)
+    for name in ("context", f"~{origin}", *plans[0].bytes, "total", *speed, "fits"):
         table.add_column(name, justify="right", no_wrap=True)
-    for plan in distinct(plans, request)[:MOST_ROWS]:
+    for plan in shortened(distinct(plans, request), chosen):
+        if plan is None:
+            table.add_row("", "...")
+            continue
         over = plan.over(request)
         quality = f"{plan.quality.score:.1f}%" if origin == "MMLU" else parameters(plan.quality.score)
         cells = [format_bytes(plan.bytes.get(name, 0)) for name in plans[0].bytes]
+        reach = () if bandwidth is None else (speed_text(plan, bandwidth),)
         table.add_row(
             "->" if plan is chosen else "",
-            plan.slice, plan.precision, plan.ple, str(plan.context), quality, *cells,
-            format_bytes(plan.total_bytes),
+            plan.slice, plan.recipe.label, plan.ple, str(plan.context), quality, *cells,
+            format_bytes(plan.total_bytes), *reach,
             "yes" if over <= 0 else f"{format_bytes(over)} over",
             style="bold" if plan is chosen else ("dim" if over > 0 else None),
         )  # fmt: skip
     return table
+
+
+def speed_text(plan: Plan, bandwidth: float) -> str:
+    """Tokens per second, at most: 0.85, 15.3, 1,950."""
+    most = bandwidth / plan.bytes_per_token
+    return f"{most:,.0f}" if most >= 100 else f"{most:.3g}"
+
+
+def shortened(plans: Sequence[Plan], chosen: Plan | None) -> list[Plan | None]:
+    """At most MOST_ROWS rows: the first few, then those around the chosen plan; None where some are left out.
+
+    Where nothing fits, the end is shown: there lie the smallest.
+    """
+    if len(plans) <= MOST_ROWS:
+        return list(plans)
+    at = next((i for i, plan in enumerate(plans) if plan is chosen), len(plans) - 1)
+    head = MOST_ROWS // 4
+    first = max(head, min(at - MOST_ROWS // 3, len(plans) - (MOST_ROWS - head)))
+    rows: list[Plan | None] = [*plans[:head]]
+    if first > head:
+        rows.append(None)
+    rows += plans[first : first + MOST_ROWS - head]
+    if first + MOST_ROWS - head < len(plans):
+        rows.append(None)
+    return rows
 
 
 def parameters(billions: float) -> str:
@@ -116,11 +148,21 @@ def distinct(plans: Sequence[Plan], request: Request) -> list[Plan]:
     """Plans without those that differ in the chunk only: the first that fits, else the smallest."""
     best: dict[tuple[Any, ...], Plan] = {}
     for plan in plans:
-        key = (plan.part, plan.precision, plan.ple, plan.context)
+        key = (plan.part, plan.recipe, plan.ple, plan.kv, plan.context)
         held = best.get(key)
         if held is None or (held.over(request) > 0 and plan.over(request) < held.over(request)):
             best[key] = plan
     return list(best.values())
+
+
+def parts_text(components: dict[str, dict[str, int]]) -> str:
+    """What each component was given, and what it took where the ledger counted something else."""
+    parts = []
+    for name, c in components.items():
+        if c["planned"] or c["peak"]:
+            other = "" if abs(c["peak"] - c["planned"]) * 20 <= c["planned"] else f" (took {format_bytes(c['peak'])})"
+            parts.append(f"{name} {format_bytes(c['planned'])}{other}")
+    return ", ".join(parts)
 
 
 def statistics(session: Session, timing: Timing) -> list[tuple[str, str]]:
@@ -140,6 +182,13 @@ def statistics(session: Session, timing: Timing) -> list[tuple[str, str]]:
         ),
         ("peak memory", f"{format_bytes(shown)}{of}, {format_bytes(plan.total_bytes)} planned"),
     ]
+    lines.append(
+        (
+            "of it",
+            f"{format_bytes(memory['anonymous_bytes'])} anonymous and {format_bytes(memory['file_backed_bytes'])} of "
+            f"files now; planned {parts_text(memory['components'])}",
+        )
+    )
     if on_gpu:
         lines.append(("host memory", f"{format_bytes(peak)} peak, {format_bytes(plan.host_total_bytes)} planned"))
     if ple is not None:

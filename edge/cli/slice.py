@@ -8,7 +8,9 @@ import click
 
 from edge.budget.units import format_bytes
 from edge.cli.show import progress, stderr
+from edge.session import open_source
 from loaders.checkpoint import Checkpoint
+from loaders.errors import Usage
 from loaders.rewrite import write_slice
 from loaders.slices import resolve
 
@@ -21,7 +23,9 @@ from loaders.slices import resolve
 def command(model: str, name: str, output: str, quiet: bool) -> None:
     """Write a slice of MODEL as a checkpoint folder that transformers loads."""
     console = stderr()
-    checkpoint = Checkpoint.open(Path(model))
+    checkpoint = open_source(Path(model))
+    if not isinstance(checkpoint, Checkpoint):
+        raise Usage("a pack", field="MODEL", expected="a checkpoint folder: slices of a pack are chosen when it is run")
     part = resolve(checkpoint.model, checkpoint.family, name)
     with progress(console, not quiet) as notify:
         size = write_slice(checkpoint, part, Path(output), notify)

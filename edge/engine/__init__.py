@@ -11,7 +11,7 @@ from edge.budget.memory import Ledger, bound_malloc, read_process
 from edge.budget.nvml import device_used
 from edge.budget.plan import Floor, Plan
 from edge.store.ple import Counters
-from loaders.checkpoint import Checkpoint
+from edge.store.weights import Source, kept
 from loaders.errors import Unsupported, Usage
 from loaders.network.matformer import parts
 from loaders.network.spec import Model
@@ -73,19 +73,35 @@ def device_before() -> int | None:
 
 
 def load(
-    runtime: Runtime, checkpoint: Checkpoint, model: Model, plan: Plan, ledger: Ledger, notify: Notify
+    runtime: Runtime, source: Source, model: Model, plan: Plan, ledger: Ledger, notify: Notify
 ) -> tuple[Engine, Counters | None]:
-    """Realises a plan: reads the slice's windows, opens its table, makes the cache."""
+    """Realises a plan: reads the slice's windows, opens its table, makes the cache. ``model`` is the slice's.
+
+    Raises OverBudget where a GPU has less than the plan says.
+    """
+    from edge.engine import cuda_memory
+
+    if runtime.device == "cuda":
+        cuda_memory.bound(ledger.budget, runtime.device_delta() or 0)
+    with cuda_memory.refusals():
+        return realise(runtime, source, model, plan, ledger, notify)
+
+
+def realise(
+    runtime: Runtime, source: Source, model: Model, plan: Plan, ledger: Ledger, notify: Notify
+) -> tuple[Engine, Counters | None]:
+    """:func:`load`, within whatever memory there is."""
     from edge.engine.torch import TorchEngine
     from edge.engine.torch_ple import open_rows
     from edge.engine.torch_weights import load_weights
 
-    wanted, rows = parts(checkpoint.model, plan.part), None
+    wanted, rows = parts(source.model, plan.part), None
     if PLE_TABLE in wanted:
         held = plan.bytes.get("ple", plan.host_bytes.get("ple", 0))
         ledger.take("ple", held)
-        rows = open_rows(checkpoint, wanted[PLE_TABLE], plan.ple, held, runtime.handle)
-    weights = load_weights(checkpoint, wanted, plan.precision, runtime.handle, ledger, notify)
+        rows = open_rows(source, wanted[PLE_TABLE], len(model.layers), plan.ple, held, runtime.handle)
+    tensors = kept(source.model, plan.part, model)
+    weights = load_weights(source, tensors, wanted, plan.recipe, runtime.handle, ledger, notify)
     ledger.take("kv", plan.bytes["kv"])
     ledger.take("activations", plan.bytes["activations"])
     engine = TorchEngine(

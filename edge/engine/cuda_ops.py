@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from edge.engine import cuda_blocks
+from edge.engine.torch_blocks import Blocks
 from edge.engine.torch_ops import TorchOps
 from loaders.network.spec import Rope
 
@@ -64,7 +66,12 @@ def gaussian_topk_kernel(x, out, width, cut, block: tl.constexpr):  # type: igno
 class CudaOps(TorchOps):
     """TorchOps with the kernels above where they apply."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def embed(self, table: torch.Tensor | Blocks, ids: torch.Tensor) -> torch.Tensor:
+        return cuda_blocks.embed(table, ids) if isinstance(table, Blocks) else super().embed(table, ids)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor | Blocks) -> torch.Tensor:
+        if isinstance(weight, Blocks):
+            return cuda_blocks.linear(x, weight)
         if x.shape[0] != 1 or x.dim() != 2 or not weight.is_contiguous():
             return super().linear(x, weight)
         rows, columns = weight.shape

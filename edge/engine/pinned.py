@@ -56,10 +56,11 @@ class PinnedGather:
     """Rows of page-locked ``table`` [n, columns] by device ids int64 [t], onto the device, in the table's type."""
 
     def __init__(self, table: torch.Tensor, device: torch.device) -> None:
-        self.device, self.dtype, self.width = device, table.dtype, table.shape[1]
+        self.device, self.dtype = device, table.dtype
         # Whole words where rows allow it: fewer, wider reads over the bus.
-        wide = table.element_size() == 2 and self.width % 2 == 0
-        self.words = table.view(torch.int32) if wide else table
+        row = table.shape[1] * table.element_size()
+        wide = next((t for t in (torch.int32, torch.int16) if row % t.itemsize == 0), table.dtype)
+        self.words = table.view(wide) if wide.itemsize > table.element_size() else table
         self.kernel = gather_kernel()
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from edge.budget.memory import trim
+from edge.engine.cuda_memory import refusals
 from edge.engine.kv import KVCache
 from edge.engine.static import StaticStep, bucket
+from edge.engine.torch_blocks import Blocks
 from edge.engine.torch_ops import ops_for
 from edge.engine.torch_ple import Rows
 from edge.engine.torch_weights import DTYPE
-from edge.store.weights import STORED
+from loaders.formats.recipe import PLAIN
 from loaders.network import decoder_of
 from loaders.network.ops import Cache, Want
 from loaders.network.spec import Model
@@ -29,7 +32,7 @@ class TorchEngine:
     def __init__(
         self,
         model: Model,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor | Blocks],
         rows: Rows | None,
         *,
         context: int,
@@ -38,7 +41,7 @@ class TorchEngine:
         device: torch.device,
     ) -> None:
         self.model, self.weights, self.rows = model, weights, rows
-        self.chunk, self.kv, self.torch_device = chunk, DTYPE[STORED[kv]], device
+        self.chunk, self.kv, self.torch_device = chunk, DTYPE[PLAIN[kv]], device
         self.device = device.type
         self.ops = ops_for(device)
         self.decoder = decoder_of(model)
@@ -72,13 +75,14 @@ class TorchEngine:
     def run(self, ids: np.ndarray, cache: KVCache, want: Want, ahead: Sequence[int] = ()) -> np.ndarray:
         """One pass over ids [t], t at most a chunk."""
         cache.begin(len(ids))
-        tokens, ple = torch.from_numpy(ids).to(self.torch_device), self.ple(ids)
-        if len(ahead):
-            self.prefetch(ahead)
-        if self.graphs and cache is self.cache and len(ids) == 1 and want != "none":
-            out = self.decode(tokens, ple)
-        else:
-            out = self.network(tokens, ple, cache, want)
+        with refusals():
+            tokens, ple = torch.from_numpy(ids).to(self.torch_device), self.ple(ids)
+            if len(ahead):
+                self.prefetch(ahead)
+            if self.graphs and cache is self.cache and len(ids) == 1 and want != "none":
+                out = self.decode(tokens, ple)
+            else:
+                out = self.network(tokens, ple, cache, want)
         cache.end()
         if out is None:
             return np.empty((0, self.model.vocab), np.float32)
@@ -104,15 +108,21 @@ class TorchEngine:
         return step.run(self.network)
 
     def ple(self, ids: np.ndarray) -> torch.Tensor | None:
-        """Raw rows [t, layers, dim] in float32, for models that have them."""
+        """Rows float32 [t, layers, dim], unscaled, for models that have them."""
         if self.rows is None or self.model.ple is None:
             return None
-        return self.rows.gather(ids).float().view(len(ids), len(self.model.layers), self.model.ple.dim)
+        return self.rows.gather(ids)
 
     def prefetch(self, ids: Sequence[int]) -> None:
         """Starts the read of the next tokens' rows as soon as they are known."""
         if self.rows is not None:
             self.rows.prefetch(ids)
+
+    def relieve(self) -> int:
+        """Shrinks the row cache and hands free heap pages back."""
+        freed = 0 if self.rows is None else self.rows.relieve()
+        trim()
+        return freed
 
     def reset(self) -> None:
         """Empties the cache."""
@@ -124,6 +134,7 @@ class TorchEngine:
             self.rows.close()
         # Recorded graphs hold memory of their own, and torch keeps what it freed unless it is told.
         self.rows, self.weights, self.steps = None, {}, {}
+        self.ops.matrices.clear()
         self.cache.layers.clear()
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from edge.budget.price import TILE_BYTES
 from edge.engine.kv import Keys
+from edge.engine.native.blocks import Matrix, available
+from edge.engine.torch_blocks import Blocks
 from loaders.network.spec import Activation, Rope
 
 # A mask over keys is built for this many bytes of (query, key) pairs at a time.
@@ -27,6 +29,8 @@ class TorchOps:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.fast = device, has_fast_bfloat16(device)
+        self.compiled = device.type == "cpu" and available()
+        self.matrices: dict[int, Matrix] = {}
         self.tile = torch.empty(0)
         self.constants: dict[float, torch.Tensor] = {}
         self.frequencies: dict[Rope, torch.Tensor] = {}
@@ -36,30 +40,56 @@ class TorchOps:
         """A new pass: positions have moved."""
         self.rotations.clear()
 
-    def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, table: torch.Tensor | Blocks, ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(table, Blocks):
+            return table.rows_at(ids)
         return table.index_select(0, ids).float()
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: torch.Tensor | Blocks) -> torch.Tensor:
+        if isinstance(weight, Blocks):
+            out = weight.product(x.reshape(-1, weight.cols), self.scratch(weight.step * weight.width))
+            return out.view(*x.shape[:-1], weight.rows)
         if weight.dtype == torch.float32:
             return functional.linear(x, weight)
+        native = self.native(weight) if x.shape[0] == 1 else None
+        if native is not None:
+            out = torch.empty(*x.shape[:-1], weight.shape[0])
+            native.multiply(x.contiguous().data_ptr(), x.numel() // native.width, native.width, out.data_ptr())
+            return out
         if self.fast or x.shape[0] == 1:
             return functional.linear(x.to(weight.dtype), weight).float()
         return self.tiled(x, weight)
+
+    def native(self, weight: torch.Tensor) -> Matrix | None:
+        """A bf16 weight as the compiled kernels see it: they read it once, at float32 activations."""
+        if not self.compiled or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+            return None
+        found = self.matrices.get(weight.data_ptr())
+        if found is None or (found.rows, found.cols) != tuple(weight.shape):
+            rows, cols = weight.shape
+            found = Matrix(weight.data_ptr(), 0, 16, rows, cols, 2 * cols, 0, weight.nbytes, 0, keep=weight)
+            self.matrices[weight.data_ptr()] = found
+        return found
 
     def tiled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [..., in] times a 16-bit weight, widened a tile of rows at a time: few CPUs have bfloat16 arithmetic."""
         rows, width = weight.shape
         step = max(1, min(rows, TILE_BYTES // 4 // width))
-        if self.tile.numel() < step * width:
-            self.tile = torch.empty(max(step * width, TILE_BYTES // 4))
+        scratch = self.scratch(step * width)
         flat, out = x.reshape(-1, width), torch.empty(*x.shape[:-1], rows)
         target = out.view(-1, rows)
         for start in range(0, rows, step):
             part = weight[start : start + step]
-            tile = self.tile[: part.numel()].view(part.shape)
+            tile = scratch[: part.numel()].view(part.shape)
             tile.copy_(part)
             torch.mm(flat, tile.t(), out=target[:, start : start + step])
         return out
+
+    def scratch(self, numel: int) -> torch.Tensor:
+        """Room for the widened rows of any matrix, at least ``numel`` floats."""
+        if self.tile.numel() < numel:
+            self.tile = torch.empty(max(numel, TILE_BYTES // 4), device=self.device)
+        return self.tile
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.matmul(a, b)

@@ -1,6 +1,7 @@
 """Per-layer embeddings as a gather table: token ids in, raw rows out, from memory or from storage.
 
-Rows are the stored bits (uint16 or uint32) of the slice's columns, the same from every tier. Ids outside the table
+Rows are the stored bits of the slice's columns (uint16 or uint32 of a checkpoint, uint8 records of a pack), the same
+from every tier. Ids outside the table
 use row 0, the row of the padding token: image and audio placeholders have ids beyond it.
 """
 
@@ -15,13 +16,12 @@ from typing import Protocol
 
 import numpy as np
 
-from loaders.checkpoint import RAW, Checkpoint
-from loaders.formats.safetensors import Window
-from loaders.network.matformer import Part
+from loaders.formats.safetensors import Shards, Tensor, Window
 
 # Where the kernel takes no advice on what will be read, threads wait for rows in its place.
 READERS = 8
 ROWS_PER_READER = 4
+BITS_OF = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 @dataclass
@@ -54,6 +54,9 @@ class Table(Protocol):
     def prefetch(self, ids: Sequence[int]) -> None:
         """These ids will be asked for next."""
 
+    def relieve(self) -> int:
+        """Gives back what can be read again; the bytes that frees."""
+
     def close(self) -> None:
         """Ends any read under way."""
 
@@ -79,6 +82,10 @@ class MemoryTable:
     def prefetch(self, ids: Sequence[int]) -> None:
         """Nothing to fetch."""
 
+    def relieve(self) -> int:
+        """All of it is needed."""
+        return 0
+
     def close(self) -> None:
         """Nothing to end."""
 
@@ -93,11 +100,11 @@ class StreamedTable:
 
     tier = "ssd"
 
-    def __init__(self, checkpoint: Checkpoint, part: Part, cache_bytes: int) -> None:
-        self.shards, self.tensor = checkpoint.shards, checkpoint.where[part.name]
-        assert part.window.cols is not None
-        self.cols, self.count = part.window.cols, self.tensor.shape[0]
-        self.width, dtype = part.window.shape[1], RAW[self.tensor.dtype]
+    def __init__(self, shards: Shards, tensor: Tensor, window: Window, cache_bytes: int) -> None:
+        self.shards, self.tensor = shards, tensor
+        assert window.cols is not None
+        self.cols, self.count = window.cols, tensor.shape[0]
+        self.width, dtype = window.shape[1], BITS_OF[tensor.itemsize]
         self.row_bytes = self.width * self.tensor.itemsize
         self.cache = np.empty((max(1, cache_bytes // self.row_bytes), self.width), dtype)
         self.slots: OrderedDict[int, int] = OrderedDict()
@@ -183,6 +190,14 @@ class StreamedTable:
                 slot = len(self.slots) if len(self.slots) < room else self.slots.popitem(last=False)[1]
             self.cache[slot] = data
             self.slots[row] = slot
+
+    def relieve(self) -> int:
+        """Keeps an eighth of the row cache, but a row at least, from now on."""
+        before = self.cache.nbytes
+        self.slots.clear()
+        self.arrived.clear()
+        self.cache = np.empty((max(1, len(self.cache) // 8), self.width), self.cache.dtype)
+        return before - self.cache.nbytes
 
     def close(self) -> None:
         self.ahead.shutdown(wait=True, cancel_futures=True)

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from loaders.errors import Unsupported
-from loaders.formats.config import Config
+from loaders.formats.config import Config, short
 from loaders.network.matformer import Slice
 from loaders.network.spec import Model
 
@@ -52,7 +52,7 @@ def family_of(model_type: object, file: str) -> Family:
     module = FILES.get(model_type) if isinstance(model_type, str) else None
     if module is None:
         raise Unsupported(
-            repr(model_type), file=file, field="model_type", expected="one of " + ", ".join(sorted(FILES))
+            short(repr(model_type)), file=file, field="model_type", expected="one of " + ", ".join(sorted(FILES))
         )
     return families()[module]
 

@@ -106,7 +106,8 @@ def rope_of(sub: Config, dim: int, context: int, theta: float) -> Rope:
         return Rope(theta, dim)
     low, high = sub.float("low_freq_factor", low=0.0), sub.float("high_freq_factor", low=0.0)
     if high <= low:
-        raise BadCheckpoint(high, file=sub.file, field="high_freq_factor", expected=f"more than low_freq_factor={low}")
+        expected = f"more than low_freq_factor={low}"
+        raise BadCheckpoint(high, file=sub.file, field=sub.field("high_freq_factor"), expected=expected)
     original = sub.int("original_max_position_embeddings", default=context)
     return Rope(theta, dim, Llama3Scaling(sub.float("factor", low=0.0), low, high, original))
 

@@ -62,7 +62,7 @@ def _identity(fd: int) -> Identity:
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
 
 
-def _fill(fd: int, view: memoryview, offset: int, path: str) -> None:
+def read_exactly(fd: int, view: memoryview, offset: int, path: str) -> None:
     """Fills ``view`` from byte ``offset``: loops over partial reads, refuses the end of the file."""
     got, wanted = 0, len(view)
     try:
@@ -78,7 +78,7 @@ def _fill(fd: int, view: memoryview, offset: int, path: str) -> None:
 def _header(fd: int, size: int, path: str) -> tuple[dict[str, Any], int]:
     """The header's JSON and the byte at which the data starts."""
     head = bytearray(min(size, 256))
-    _fill(fd, memoryview(head), 0, path)
+    read_exactly(fd, memoryview(head), 0, path)
 
     def bad(found: str, hint: str | None = None) -> BadCheckpoint:
         other = known_other(bytes(head))  # asked only now: a sound length may begin like gzip
@@ -93,11 +93,16 @@ def _header(fd: int, size: int, path: str) -> tuple[dict[str, Any], int]:
         raise bad(f"shard is {size} bytes, header needs {n + 8}: download incomplete", "Fetch it again")
     if head[8:9] != b"{":
         raise bad("header does not start with '{'")
-    raw = bytearray(n)
-    _fill(fd, memoryview(raw), 8, path)
     # A tensor has 4 colons and at most MAX_DIMS + 4 commas. Parsing costs a hundred times the bytes: count first.
-    if raw.count(b":") > 8 * MAX_TENSORS or raw.count(b",") > 20 * MAX_TENSORS:
-        raise BadCheckpoint("header has too many entries", file=path, expected=f"at most {MAX_TENSORS} tensors")
+    colons, commas = 0, 0
+    for at in range(8, 8 + n, MIB):
+        piece = bytearray(min(MIB, 8 + n - at))
+        read_exactly(fd, memoryview(piece), at, path)
+        colons, commas = colons + piece.count(b":"), commas + piece.count(b",")
+    if colons > 8 * MAX_TENSORS or commas > 20 * MAX_TENSORS or n > 16 * MIB + 256 * colons:
+        raise BadCheckpoint(f"too many entries, or none, in {n} bytes", file=path, expected=f"{MAX_TENSORS} tensors")
+    raw = bytearray(n)
+    read_exactly(fd, memoryview(raw), 8, path)
     return parse_json(raw, path), 8 + n
 
 
@@ -340,7 +345,7 @@ class Shards:
         if self.tensors.get(tensor.name) != tensor or start < 0 or start + len(view) > tensor.nbytes:
             raise self._outside(tensor, f"bytes {start} to {start + len(view)}")
         with self._descriptor(tensor.shard, False) as fd:
-            _fill(fd, view, tensor.offset + start, tensor.shard)
+            read_exactly(fd, view, tensor.offset + start, tensor.shard)
         with self._lock:
             self.bytes_read += len(view)
 
@@ -382,7 +387,7 @@ class Shards:
         at = 0
         with self._descriptor(tensor.shard, scattered) as fd:
             for first, n in runs:
-                _fill(fd, view[at : at + n * item], tensor.offset + first * item, tensor.shard)
+                read_exactly(fd, view[at : at + n * item], tensor.offset + first * item, tensor.shard)
                 at += n * item
         with self._lock:
             self.bytes_read += at
@@ -396,11 +401,7 @@ def _index(path: str) -> tuple[dict[str, str], object]:
         raise BadCheckpoint(show(weight_map), file=path, field="weight_map", expected="an object of shard names")
     for tensor, shard in weight_map.items():
         # The name, not the resolved path: in the Hugging Face cache every shard is a link out of the folder.
-        if (
-            not isinstance(shard, str)
-            or not re.fullmatch(r"[\w\-+=@,. ]{1,243}\.safetensors", shard)
-            or shard[0] == "."
-        ):
+        if not isinstance(shard, str) or not re.fullmatch(r"(?!\.)[\w\-+=@,. ]{1,243}\.safetensors", shard):
             found = f"{show(shard)}: a shard name must be a plain file name"
             raise BadCheckpoint(found, file=path, field=f"weight_map.{short(tensor)}", expected="name.safetensors")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None

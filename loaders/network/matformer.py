@@ -88,11 +88,16 @@ def parts(model: Model, part: Slice) -> dict[str, Part]:
     return {name: _part(model, part, name, shape, whole) for name, shape in small.items()}
 
 
+def source_name(part: Slice, name: str) -> str:
+    """What a tensor of the slice is called in the full model."""
+    if not name.startswith("layers."):
+        return name
+    _, layer, rest = name.split(".", 2)
+    return f"layers.{part.keep[int(layer)]}.{rest}"
+
+
 def _part(model: Model, part: Slice, name: str, shape: Shape, whole: dict[str, Shape]) -> Part:
-    source = name
-    if name.startswith("layers."):
-        _, layer, rest = name.split(".", 2)
-        source = f"layers.{part.keep[int(layer)]}.{rest}"
+    source = source_name(part, name)
     target = whole[source]
     if name in (PLE_TABLE, "ple.proj") and model.ple is not None:
         blocks = tuple((i * model.ple.dim, (i + 1) * model.ple.dim) for i in part.keep)

@@ -32,7 +32,8 @@ def read_generation(folder: str | os.PathLike[str], config: dict[str, Any]) -> G
     """The defaults of the checkpoint in ``folder``; ``config`` is its config.json, already read.
 
     generation_config.json wins over config.json, config.json over its text_config. The sampling fields are None
-    unless generation_config.json also says ``do_sample: true``. Raises BadCheckpoint for a wrong type or range.
+    unless generation_config.json also says ``do_sample: true``. Raises BadCheckpoint for a wrong type or range, an id
+    beyond the vocabulary included: a model would never stop at it.
     """
     from loaders.formats.config import read_json
 
@@ -42,12 +43,13 @@ def read_generation(folder: str | os.PathLike[str], config: dict[str, Any]) -> G
     files = [(path, own), (Path(folder, "config.json"), config)]
     if isinstance(inner, dict):
         files.append((Path(folder, "config.json"), inner))
+    vocab = next((v for _, data in files[:0:-1] if type(v := data.get("vocab_size")) is int), MAX_ID)
 
     def ids(key: str) -> tuple[int, ...]:
         for file, data in files:
             value = data.get(key)
             if value is not None:
-                return _ids(file, key, value)
+                return _ids(file, key, value, min(vocab, MAX_ID))
         return ()
 
     bos = ids("bos_token_id")
@@ -80,11 +82,11 @@ def read_generation(folder: str | os.PathLike[str], config: dict[str, Any]) -> G
     )
 
 
-def _ids(file: Path, key: str, value: Any) -> tuple[int, ...]:
+def _ids(file: Path, key: str, value: Any, vocab: int) -> tuple[int, ...]:
     items = value if isinstance(value, list) else [value]
     if len(items) > MAX_STOPS:
         raise BadCheckpoint(f"{len(items)} ids", file=file, field=key, expected=f"at most {MAX_STOPS}")
     for item in items:
-        if type(item) is not int or not 0 <= item < MAX_ID:
-            raise BadCheckpoint(repr(item)[:80], file=file, field=key, expected="token ids from 0 to 2147483647")
+        if type(item) is not int or not 0 <= item < vocab:
+            raise BadCheckpoint(repr(item)[:80], file=file, field=key, expected=f"token ids from 0 to {vocab - 1}")
     return tuple(dict.fromkeys(items))

@@ -15,7 +15,7 @@ from typing import Any
 
 from loaders.errors import BadCheckpoint, EdgeError, Unsupported, Usage
 from loaders.text.jinja import Cost, environment
-from loaders.text.tokenizer import Tokenizer, clean
+from loaders.text.tokenizer import AnyTokenizer, clean
 
 MAX_TEMPLATE = 1 << 20
 MAX_CONFIG = 32 << 20
@@ -127,7 +127,7 @@ def _default(value: Any, path: Path) -> str | None:
 
 def encode_chat(
     template: ChatTemplate,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     messages: list[dict[str, str]],
     *,
     add_generation_prompt: bool = True,
@@ -180,7 +180,7 @@ def encode_chat(
     )
 
 
-def _suspicious(tokenizer: Tokenizer, text: str) -> bool:
+def _suspicious(tokenizer: AnyTokenizer, text: str) -> bool:
     """Whether ``text`` holds a special token, or could be a part of one together with what stands around it."""
     if tokenizer.control_ids.intersection(tokenizer.encode_marked(text)):
         return True
@@ -230,7 +230,7 @@ def _all(text: str, part: str) -> list[int]:
 
 
 def _touched(
-    tokenizer: Tokenizer, ids: list[int], offsets: list[tuple[int, int]], whole: str, pieces: list[tuple[str, bool]]
+    tokenizer: AnyTokenizer, ids: list[int], offsets: list[tuple[int, int]], whole: str, pieces: list[tuple[str, bool]]
 ) -> bool:
     """Whether a special token stands, if only in part, in a user's piece."""
     mine = bytearray()

@@ -6,17 +6,21 @@ import json
 import os
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loaders.errors import BadCheckpoint, EdgeError, MissingFile, Usage
+from loaders.errors import BadCheckpoint, EdgeError, MissingFile, Unsupported, Usage
 
 MAX_FILE = 256 << 20
 MAX_TEXT = 16 << 20
 REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# A BPE model with a prefix panics on some merges, and aborts the process where it cuts a character in two.
+_PREFIX = "".join(rf"(?:{c}|\\u00{ord(c):02x})" for c in "continuing_subword_prefix")
+_PREFIXED = re.compile(rf'"{_PREFIX}"\s*:\s*"[^"]'.encode(), re.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -25,7 +29,8 @@ def clean(text: str) -> str:
 
 
 @contextmanager
-def _rust(file: str) -> Iterator[None]:
+def rust(file: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises, panics included, as BadCheckpoint of ``file``."""
     try:
         yield
     except EdgeError:
@@ -37,43 +42,86 @@ def _rust(file: str) -> Iterator[None]:
         raise
 
 
-class Tokenizer:
-    """A checkpoint's tokenizer. Calls may come from several threads.
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing on descriptor 2: a panic writes lines of its own there before it becomes an exception."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # nobody is listening
+        yield
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
-    ``vocab_size``: the highest id plus one. ``special_ids``: every special token.
+
+def checked_ids(ids: Sequence[int]) -> list[int]:
+    """The ids as ints. Raises Usage for one that is negative or beyond 32 bits."""
+    ids = [int(i) for i in ids]
+    if ids and not (min(ids) >= 0 and max(ids) < 2**32):
+        raise Usage("an id out of range", field="ids", expected="0 to 4294967295")
+    return ids
+
+
+class Encoding(Protocol):
+    """What encoding gives. ``offsets``: characters; ``special_tokens_mask``: 1 for what the text did not give."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def special_tokens_mask(self) -> list[int]: ...
+
+
+class AnyTokenizer(ABC):
+    """A checkpoint's tokenizer, whoever does the work. Calls may come from several threads.
+
+    ``vocab_size``: the highest id plus one. ``special_ids``: every special token; ``special_texts``: their spelling.
     ``control_ids``: those without the unknown-token, which plain text may give too.
     """
 
-    def __init__(self, inner: Any, file: str = "tokenizer.json") -> None:
-        """``inner`` is a ``tokenizers.Tokenizer``, taken over. Raises BadCheckpoint if its ids cannot be used."""
-        self._inner, self._file, self._lock = inner, file, threading.RLock()
-        with _rust(file):
-            inner.no_truncation()  # a file may ask for it, and a prompt would be cut without a word
-            inner.no_padding()
-            added = inner.get_added_tokens_decoder()
-            self.vocab_size = max([self._last_id(), *added]) + 1
-            self.special_ids = frozenset(i for i, token in added.items() if token.special)
-            self.special_texts = tuple(token.content for token in added.values() if token.special and token.content)
-            unknown = self._raw("\ufdd0\U000f1234\u0378", plain=True).ids
-            self.control_ids = self.special_ids - frozenset(unknown)
-            # SentencePiece puts a space before the text; a piece from the middle of a text must not get one.
-            self._prefixes = self._after("\n", "a", plain=True) != self._raw("a", plain=True).ids
+    vocab_size: int
+    special_ids: frozenset[int]
+    special_texts: tuple[str, ...]
+    control_ids: frozenset[int]
 
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in ``folder``. Raises MissingFile without a tokenizer.json, BadCheckpoint for a bad one."""
-        from loaders.formats.config import read_bytes
+    @abstractmethod
+    def _encoding(self, text: str, *, plain: bool, add: bool) -> Encoding:
+        """``plain``: special tokens in the text are text. ``add``: with the tokens that go around a text."""
 
-        path = Path(folder, "tokenizer.json")
-        if not os.path.lexists(path):
-            raise MissingFile("not there", file=path, hint="edge needs the tokenizer.json of the checkpoint.")
-        data = read_bytes(path, MAX_FILE)
-        import tokenizers
+    @abstractmethod
+    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
+        """The text of ``ids``; special tokens are left out unless ``specials``. Unknown ids give nothing."""
 
-        with _rust(str(path)):
-            inner = tokenizers.Tokenizer.from_buffer(data)
-        del data
-        return cls(inner, str(path))
+    @abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, spelt as in the vocabulary; None if there is none."""
+
+    @abstractmethod
+    def token_of(self, token_id: int) -> str | None:
+        """The spelling of an id in the vocabulary; None if there is none."""
+
+    @abstractmethod
+    def decoder_kinds(self) -> list[dict[str, Any]]:
+        """The steps of the decoder, as tokenizer.json spells them."""
+
+    def _learn(self, special: dict[int, str], size: int) -> None:
+        """Sets the public facts. ``special``: id -> spelling, by id. The tokenizer can already encode."""
+        self.vocab_size = size
+        self.special_ids = frozenset(special)
+        self.special_texts = tuple(text for text in special.values() if text)
+        unknown = self._raw("\ufdd0\U000f1234\u0378", plain=True).ids
+        self.control_ids = self.special_ids - frozenset(unknown)
+        # SentencePiece puts a space before the text; a piece from the middle of a text must not get one.
+        self._prefixes = self._after("\n", "a", plain=True) != self._raw("a", plain=True).ids
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a user's text. Special tokens spelt out in it are plain text, never their ids.
@@ -101,50 +149,10 @@ class Tokenizer:
         encoding = self._raw(clean(text), plain=False)
         return list(encoding.ids), list(encoding.offsets)
 
-    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
-        """The text of ``ids``; special tokens are left out unless ``specials``. Unknown ids give nothing."""
-        ids = [int(i) for i in ids]
-        if ids and not (min(ids) >= 0 and max(ids) < 2**32):
-            raise Usage("an id out of range", field="ids", expected="0 to 4294967295")
-        with _rust(self._file), self._lock:
-            return str(self._inner.decode(ids, skip_special_tokens=not specials))
-
-    def id_of(self, token: str) -> int | None:
-        """The id of a token, spelt as in the vocabulary; None if there is none."""
-        with _rust(self._file), self._lock:
-            found = self._inner.token_to_id(clean(token))
-        return None if found is None else int(found)
-
-    def token_of(self, token_id: int) -> str | None:
-        """The spelling of an id in the vocabulary; None if there is none."""
-        with _rust(self._file), self._lock:
-            found = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
-        return None if found is None else str(found)
-
-    def decoder_kinds(self) -> list[dict[str, Any]]:
-        """The steps of the decoder, as tokenizer.json spells them."""
-        with _rust(self._file), self._lock:
-            state = json.loads(self._inner.decoder.__getstate__()) if self._inner.decoder is not None else {}
-        steps: list[dict[str, Any]] = state.get("decoders", [state] if state else [])
-        return steps
-
-    def _last_id(self) -> int:
-        # Counting up needs no copy of the vocabulary (40 MB for 262144 tokens).
-        model, left, at = self._inner.model, self._inner.get_vocab_size(False), 0
-        limit = 4 * left + 65536
-        while left and at < limit:
-            left -= model.id_to_token(at) is not None
-            at += 1
-        if left:
-            raise BadCheckpoint(f"{left} tokens have no id of their own below {limit}", file=self._file, field="vocab")
-        return at - 1
-
-    def _raw(self, text: str, *, plain: bool, add: bool = False) -> Any:
+    def _raw(self, text: str, *, plain: bool, add: bool = False) -> Encoding:
         if len(text) > MAX_TEXT:
             raise Usage(f"{len(text)} characters of text", expected=f"at most {MAX_TEXT}")
-        with _rust(self._file), self._lock:
-            self._inner.encode_special_tokens = plain
-            return self._inner.encode(text, add_special_tokens=add)
+        return self._encoding(text, plain=plain, add=add)
 
     def _after(self, anchor: str, text: str, *, plain: bool) -> list[int] | None:
         base, ids = self._raw(anchor, plain=plain).ids, self._raw(anchor + text, plain=plain).ids
@@ -186,6 +194,83 @@ class Tokenizer:
         return span[0] + 1
 
 
+class Tokenizer(AnyTokenizer):
+    """The tokenizer of the tokenizers library."""
+
+    def __init__(self, inner: Any, file: str = "tokenizer.json") -> None:
+        """``inner`` is a ``tokenizers.Tokenizer``, taken over. Raises BadCheckpoint if its ids cannot be used."""
+        self._inner, self._file, self._lock = inner, file, threading.RLock()
+        with rust(file):
+            inner.no_truncation()  # a file may ask for it, and a prompt would be cut without a word
+            inner.no_padding()
+            added = inner.get_added_tokens_decoder()
+            size = max([self._last_id(), *added]) + 1
+            self._learn({i: token.content for i, token in added.items() if token.special}, size)
+            inner.decode(inner.encode("a").ids)  # what fails at this is better known before the model is loaded
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer in ``folder``.
+
+        Raises MissingFile without a tokenizer.json, BadCheckpoint for a bad one, Unsupported for one with a prefix for
+        the parts of a word.
+        """
+        from loaders.formats.config import read_bytes
+
+        path = Path(folder, "tokenizer.json")
+        if not os.path.lexists(path):
+            raise MissingFile("not there", file=path, hint="edge needs the tokenizer.json of the checkpoint.")
+        data = read_bytes(path, MAX_FILE)
+        if _PREFIXED.search(data):
+            raise Unsupported(
+                "not implemented", file=path, field="continuing_subword_prefix", expected="absent or empty"
+            )
+        import tokenizers
+
+        with silent():
+            with rust(str(path)):
+                inner = tokenizers.Tokenizer.from_buffer(data)
+            del data
+            return cls(inner, str(path))
+
+    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
+        ids = checked_ids(ids)
+        with rust(self._file), self._lock:
+            return str(self._inner.decode(ids, skip_special_tokens=not specials))
+
+    def id_of(self, token: str) -> int | None:
+        with rust(self._file), self._lock:
+            found = self._inner.token_to_id(clean(token))
+        return None if found is None else int(found)
+
+    def token_of(self, token_id: int) -> str | None:
+        with rust(self._file), self._lock:
+            found = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        return None if found is None else str(found)
+
+    def decoder_kinds(self) -> list[dict[str, Any]]:
+        with rust(self._file), self._lock:
+            state = json.loads(self._inner.decoder.__getstate__()) if self._inner.decoder is not None else {}
+        steps: list[dict[str, Any]] = state.get("decoders", [state] if state else [])
+        return steps
+
+    def _last_id(self) -> int:
+        # Counting up needs no copy of the vocabulary (40 MB for 262144 tokens).
+        model, left, at = self._inner.model, self._inner.get_vocab_size(False), 0
+        limit = 4 * left + 65536
+        while left and at < limit:
+            left -= model.id_to_token(at) is not None
+            at += 1
+        if left:
+            raise BadCheckpoint(f"{left} tokens have no id of their own below {limit}", file=self._file, field="vocab")
+        return at - 1
+
+    def _encoding(self, text: str, *, plain: bool, add: bool) -> Any:
+        with rust(self._file), self._lock:
+            self._inner.encode_special_tokens = plain
+            return self._inner.encode(text, add_special_tokens=add)
+
+
 class StreamDecoder:
     """Ids in, text out, as soon as it is certain.
 
@@ -194,7 +279,7 @@ class StreamDecoder:
     For a decoder that edge does not know (WordPiece after a merge, CTC, stripping at the end) everything waits.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
         self._anchor, self._lead = _anchor(tokenizer)
         self._mode = _mode(tokenizer.decoder_kinds()) if self._lead else "hold"
@@ -268,7 +353,7 @@ def _mode(steps: list[dict[str, Any]]) -> str:
     return mode
 
 
-def _anchor(tokenizer: Tokenizer) -> tuple[int, str]:
+def _anchor(tokenizer: AnyTokenizer) -> tuple[int, str]:
     """A token of plain letters to decode others behind, and its text; the text is empty if there is none."""
     letters = (tokenizer.id_of(c) for c in "aeinorst01")
     for at in (*letters, *range(min(tokenizer.vocab_size, 4096))):

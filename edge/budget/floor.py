@@ -1,0 +1,27 @@
+"""``python -m edge.budget.floor ENGINE DEVICE``: what a run takes before any weight, printed as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from edge import engine as engines
+from edge.cli import run  # noqa: F401 - what the command line has in memory too
+from loaders.errors import EdgeError
+
+
+def main() -> None:
+    """Starts the engine as ``edge run`` does and says what is resident then."""
+    try:
+        runtime = engines.start(*sys.argv[1:3])
+    except EdgeError as error:
+        facts = {"error": str(error.found), "kind": type(error).__name__}
+        facts |= {name: str(v) for name in ("field", "expected", "hint") if (v := getattr(error, name)) is not None}
+        print(json.dumps(facts))
+        return
+    floor = runtime.floor()
+    print(json.dumps({"host": floor.host, "device": floor.device, "engine": runtime.engine, "on": runtime.device}))
+
+
+if __name__ == "__main__":
+    main()

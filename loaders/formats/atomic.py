@@ -1,0 +1,100 @@
+"""A folder that appears whole or not at all: written as a temporary sibling, synced, renamed at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loaders.errors import CannotCreate, NotPermitted, ReadFailed
+
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+@contextmanager
+def fresh_folder(output: str | Path, needed: int = 0) -> Iterator[Path]:
+    """A temporary sibling that becomes ``output`` when the block ends well, and disappears when it does not.
+
+    ``needed``: bytes that have to be free on its file system. Everything in the folder is synced before it gets its
+    name. Raises CannotCreate (``output`` exists, or its parent does not), NotPermitted, ReadFailed (disk full, I/O
+    error; any OSError of the block becomes one).
+    """
+    output = Path(output)
+    if os.path.lexists(output):
+        raise taken(output)
+    parent = output.absolute().parent
+    try:
+        free = shutil.disk_usage(parent).free
+        folder = Path(tempfile.mkdtemp(prefix=temporary(output.name), suffix=".tmp", dir=parent))
+    except PermissionError as e:
+        raise NotPermitted(e.strerror, file=parent) from None
+    except OSError as e:
+        if e.errno in BROKEN:
+            raise ReadFailed(e.strerror, file=parent) from None
+        raise CannotCreate(e.strerror or type(e).__name__, file=parent, expected="a folder to write into") from None
+    try:
+        if needed > free:
+            raise ReadFailed(f"disk full: needs {needed} bytes, has {free} bytes free", file=parent)
+        yield folder
+        os.chmod(folder, 0o755 & ~umask())
+        sync_tree(folder)
+        rename(folder, output)
+    except OSError as e:
+        raise ReadFailed(e.strerror or type(e).__name__, file=output) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # it is there already, and some file systems cannot sync a folder
+        sync(parent)
+
+
+def temporary(name: str) -> str:
+    """What the names of a folder's temporary siblings begin with.
+
+    The end of the name: with all of it, one of the longest that are allowed would be too long, and packs differ there.
+    """
+    return f".{name[-32:]}."
+
+
+def taken(output: Path) -> CannotCreate:
+    """What a path that is in use is refused with."""
+    return CannotCreate("already there", file=output, expected="a folder that does not exist yet")
+
+
+def rename(folder: Path, output: Path) -> None:
+    """Gives the folder its name, unless somebody else took it in the meantime."""
+    try:
+        os.rename(folder, output)
+    except OSError as e:
+        if e.errno in TAKEN:
+            raise taken(output) from None
+        raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Every file and folder below ``folder``, and itself, on disk when this returns."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(root, name))
+        with suppress(OSError):  # some file systems cannot sync a folder
+            sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    """One file or folder on disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,267 @@
+"""Makes packs: quantizes a checkpoint tensor by tensor, band by band, into folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loaders.checkpoint import RAW, Checkpoint, bands
+from loaders.errors import BadCheckpoint, ReadFailed, Unsupported
+from loaders.formats import manifest as manifests
+from loaders.formats.atomic import fresh_folder
+from loaders.formats.buffers import from_float32, to_float32
+from loaders.formats.config import read_bytes
+from loaders.formats.pack import PLE, ROOT, SCALE, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
+from loaders.formats.quant import BITS, quantize, quantize_rows
+from loaders.formats.safetensors import Window
+from loaders.formats.safetensors_writer import Writer
+from loaders.formats.sharded import Notify, sizes_of
+from loaders.network.spec import Model
+from loaders.network.tensors import PLE_TABLE, tensors
+from loaders.rewrite import COMPANIONS
+from loaders.text.compact import CompactTokenizer
+from loaders.text.vocab import compile_vocab
+
+# Values of a band, at most and at least: as read, as float32 and as codes, a few of them are in memory at once.
+BANDS = (1 << 20, 1 << 16)
+THREADS = max(2, min(4, os.cpu_count() or 1))
+BAND_COST = 12
+# Quantizing works in strips of its own, one in each thread; the writer keeps one tensor's scales until the end of it.
+STRIPS = 8 << 20
+# Column weights of a tensor, float32 [cols], or None: where measured activations enter.
+Importance = Callable[[str], npt.NDArray[np.float32] | None]
+
+
+def unweighted(name: str) -> None:
+    """Every column counts the same."""
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What identifies a checkpoint as it lies on disk: its config and text files, every header, and each shard's size
+    and times of change. An edit of the same length with the modification time put back still moves the change time.
+    Also the version of packs: those that another version made are not in the way.
+    """
+    found = hashlib.sha256(json.dumps([manifests.VERSION, checkpoint.raw_config], sort_keys=True).encode())
+    for name in sorted(COMPANIONS):
+        path = checkpoint.folder / name
+        if path.exists():
+            found.update(f"{name}\n".encode() + hashlib.sha256(read_bytes(path, COMPANIONS[name])).digest())
+    for path_text in sorted({tensor.shard for tensor in checkpoint.shards.tensors.values()}):
+        try:
+            s = os.stat(path_text)
+        except OSError as e:
+            raise ReadFailed(f"changed since it was opened: {e.strerror}", file=path_text) from None
+        found.update(f"{os.path.basename(path_text)} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}\n".encode())
+    for name, t in sorted(checkpoint.shards.tensors.items()):
+        found.update(f"{name} {t.dtype} {t.shape} {os.path.basename(t.shard)} {t.offset}\n".encode())
+    return found.hexdigest()
+
+
+def part_bytes(checkpoint: Checkpoint, part: str, ple: str = "int8") -> int:
+    """Bytes of a part's file, its header aside."""
+    return sum(sizes_of(stored_tensors(checkpoint.model, part, ple)).values())
+
+
+def packing_bytes(checkpoint: Checkpoint, band: int = BANDS[1]) -> int:
+    """What packing in bands of so many values holds in memory at most, beyond what the process held before."""
+    table = tensors(checkpoint.model)
+    matrices = [shape for name, shape in table.items() if len(shape) == 2 and name != PLE_TABLE]
+    widest = max(shape[1] for shape in table.values() if len(shape) == 2)
+    scales = max(rows * cols // 16 for rows, cols in matrices)
+    return (THREADS + 1) * max(band, widest) * BAND_COST + scales + STRIPS
+
+
+def band_for(checkpoint: Checkpoint, room: int | None) -> int:
+    """The largest band with which packing stays within ``room`` bytes; the smallest there is, where none does."""
+    band, least = BANDS
+    while room is not None and band > least and packing_bytes(checkpoint, band) > room:
+        band //= 2
+    return band
+
+
+def write_pack(
+    checkpoint: Checkpoint,
+    output: Path,
+    precisions: tuple[str, ...] = tuple(BITS),
+    *,
+    ple: str = "int8",
+    importance: Importance = unweighted,
+    room: int | None = None,
+    notify: Notify = lambda *_: None,
+) -> int:
+    """A whole pack in a folder of its own; bytes written. Raises what :func:`write_part` raises."""
+    wanted = parts_for(checkpoint.model, precisions)
+    needed = sum(part_bytes(checkpoint, part, ple) for part in wanted)
+    mark = fingerprint(checkpoint)
+    with fresh_folder(output, needed) as folder:
+        fill_root(checkpoint, folder, mark)
+        done = 0
+        for part in wanted:
+            (folder / part).mkdir()
+            Packer(checkpoint, band_for(checkpoint, room), ple, importance).fill(
+                part, folder / part, mark, shifted(notify, done, needed)
+            )
+            done += part_bytes(checkpoint, part, ple)
+    return needed
+
+
+def shifted(notify: Notify, before: int, total: int) -> Notify:
+    """Progress of one part as progress of the whole."""
+    return lambda what, done, _: notify(what, before + done, total)
+
+
+def write_root(checkpoint: Checkpoint, output: Path, mark: str) -> None:
+    """The folder of a pack without any part: config, tokenizer and defaults."""
+    with fresh_folder(output) as folder:
+        fill_root(checkpoint, folder, mark)
+
+
+def write_part(
+    checkpoint: Checkpoint,
+    part: str,
+    output: Path,
+    mark: str,
+    *,
+    ple: str = "int8",
+    importance: Importance = unweighted,
+    room: int | None = None,
+    notify: Notify = lambda *_: None,
+) -> None:
+    """One part, streamed within ``room`` bytes of memory.
+
+    Raises BadCheckpoint (weights that are not finite), CannotCreate, ReadFailed (full disk).
+    """
+    with fresh_folder(output, part_bytes(checkpoint, part, ple)) as folder:
+        Packer(checkpoint, band_for(checkpoint, room), ple, importance).fill(part, folder, mark, notify)
+
+
+def fill_root(checkpoint: Checkpoint, folder: Path, mark: str) -> None:
+    """Config, tokenizer, its compiled form, defaults, and the manifest."""
+    names = ["config.json"]
+    put(folder / "config.json", json.dumps(checkpoint.raw_config, indent=2).encode())
+    for name, limit in COMPANIONS.items():
+        if (checkpoint.folder / name).exists():
+            put(folder / name, read_bytes(checkpoint.folder / name, limit))
+            names.append(name)
+    if compiled_vocab(checkpoint.folder, folder / VOCAB):
+        check_vocab(CompactTokenizer.open(folder / VOCAB).vocab_size, checkpoint.model, checkpoint.folder)
+        names.append(VOCAB)
+    source = {"name": checkpoint.folder.absolute().name, "path": str(checkpoint.folder.absolute())}
+    seal_folder(folder, names, ROOT, mark, source=source)
+
+
+def compiled_vocab(source: Path, output: Path) -> bool:
+    """Writes the mapped form of a tokenizer; False where there is none, or none that edge's own encoder covers."""
+    path = source / "tokenizer.json"
+    if not path.exists():
+        return False
+    try:
+        put(output, compile_vocab(read_bytes(path, COMPANIONS["tokenizer.json"]), str(path)))
+    except Unsupported:
+        return False
+    return True
+
+
+def check_vocab(size: int, model: Model, folder: Path) -> None:
+    """A tokenizer's ids must have rows in the token embedding. Raises BadCheckpoint."""
+    if size > model.vocab:
+        raise BadCheckpoint(
+            f"{size} tokens",
+            file=folder / "tokenizer.json",
+            expected=f"at most vocab_size={model.vocab}, the rows of the token embedding",
+        )
+
+
+@dataclass
+class Packer:
+    """How one checkpoint is packed: values a band, the table's format, and what each column counts."""
+
+    checkpoint: Checkpoint
+    band: int
+    ple: str
+    importance: Importance
+
+    def fill(self, part: str, folder: Path, mark: str, notify: Notify) -> None:
+        """A part's weights, quantized band by band, and its manifest."""
+        specs = stored_tensors(self.checkpoint.model, part, self.ple)
+        total, done = sum(sizes_of(specs).values()), 0
+
+        def counted(pieces: Iterable[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
+            nonlocal done
+            for piece in pieces:
+                yield piece
+                done += piece.nbytes
+                notify("packing", done, total)
+
+        with ThreadPoolExecutor(THREADS) as pool, Writer(folder / WEIGHTS, specs) as writer:
+            for name, stored in contents(self.checkpoint.model, part).items():
+                if name == PLE_TABLE:
+                    writer.write(name, counted(self.ordered(name, self.records, pool)))
+                elif stored in BITS:
+                    scales: list[npt.NDArray[np.float16]] = []
+                    writer.write(name, counted(self.codes(name, stored, scales, pool)))
+                    writer.write(name + SCALE, counted(scales))
+                else:
+                    writer.write(name, counted(self.ordered(name, partial(from_float32, dtype=stored), pool)))
+        seal_folder(folder, [WEIGHTS], part, mark, **({"ple": self.ple} if part == PLE else {}))
+
+    def codes(
+        self, name: str, kind: str, scales: list[npt.NDArray[np.float16]], pool: ThreadPoolExecutor
+    ) -> Iterator[npt.NDArray[np.uint8]]:
+        """Codes of a matrix in order; its scales are left in ``scales``."""
+        weights = self.importance(name)
+        for found, scale in self.ordered(name, lambda x: quantize(x, kind, weights), pool):
+            scales.append(scale)
+            yield found
+
+    def records(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """Rows of the per-layer-embedding table as records."""
+        model = self.checkpoint.model
+        assert model.ple is not None
+        return quantize_rows(x.reshape(-1, len(model.layers), model.ple.dim), self.ple)
+
+    def ordered(
+        self, name: str, convert: Callable[[npt.NDArray[np.float32]], Any], pool: ThreadPoolExecutor
+    ) -> Iterator[Any]:
+        """``convert`` of every band of a tensor as float32, in order, a few of them under way at once."""
+        window = Window.full(self.checkpoint.where[name].shape)
+        columns = max(1, window.count // max(1, window.shape[0]))
+        running: deque[Future[Any]] = deque()
+        for band in bands(window, max(1, self.band // columns)):
+            running.append(pool.submit(self.work, name, band, convert))
+            if len(running) >= THREADS:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+    def work(self, name: str, band: Window, convert: Callable[[npt.NDArray[np.float32]], Any]) -> Any:
+        """One band: read, widened, converted."""
+        tensor = self.checkpoint.where[name]
+        raw = np.empty(band.shape, RAW[tensor.dtype])
+        self.checkpoint.shards.read_window(tensor, band, raw)
+        try:
+            return convert(to_float32(raw, tensor.dtype))
+        except BadCheckpoint as e:
+            raise BadCheckpoint(e.found, file=tensor.shard, field=tensor.name, expected=e.expected) from None
+
+
+def seal_folder(folder: Path, names: Iterable[str], part: str, mark: str, **facts: Any) -> None:
+    """The manifest, last: from here on the folder is a part."""
+    put(folder / manifests.NAME, manifests.describe(folder, names, part=part, fingerprint=mark, **facts))
+
+
+def put(path: Path, data: bytes) -> None:
+    """One small file."""
+    with open(path, "xb") as file:
+        file.write(data)
