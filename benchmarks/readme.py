@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from edge.budget.plan import Floor, Request, enumerate_plans, pick
+from edge.budget.units import format_bytes
 from edge.cli.show import plan_lines, plan_table
 from loaders.checkpoint import Checkpoint, file_name
 from loaders.families import families, family_of
@@ -108,12 +109,10 @@ def budgets() -> str:
     ]
     for r in lines_of("budgets"):
         if "needed_bytes" in r:
-            lines.append(
-                f"| {r['model']} | {r['budget']} | refused: {r['needed_bytes'] / 1e9:.2f} GB needed |||||||"[:-2]
-            )
+            lines.append(f"| {r['model']} | {r['budget']} | refused: needs {format_bytes(r['needed_bytes'])} |||||")
             continue
         lines.append(
-            f"| {r['model']} | {r['budget']} | {r['label']} | {r['peak_bytes'] / 1e9:.2f} GB "
+            f"| {r['model']} | {r['budget']} | {r['label']} | {format_bytes(r['peak_bytes'])} "
             f"| {r['peak_bytes'] / r['planned_bytes']:.1%} | {r['prefill_tps']:.1f} | {r['decode_tps']:.2f} "
             f"| {r['read_gbps']:.1f} of {r['memory_gbps']:.0f} GB/s |"
         )

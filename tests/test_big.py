@@ -39,9 +39,13 @@ with edge.load({str(folder)!r}, budget={budget!r}, context=1024) as session:
     return found
 
 
-@pytest.mark.parametrize(("budget", "tier"), [("5.4GB", "ssd"), ("12GB", "ram")])
-def test_peak_stays_under_the_budget_and_near_the_plan(e2b: Path, budget: str, tier: str) -> None:
+PLANS = [("2GB", "int4", "ssd"), ("3GB", "int8", "ssd"), ("5.4GB", "bf16", "ssd"), ("12GB", "bf16", "ram")]
+
+
+@pytest.mark.parametrize(("budget", "precision", "tier"), PLANS)
+def test_peak_stays_under_the_budget_and_near_the_plan(e2b: Path, budget: str, precision: str, tier: str) -> None:
+    """The first run at a quantized precision packs, under the same budget."""
     found = measured(e2b, budget)
-    assert found["plan"]["ple"] == tier
+    assert (found["plan"]["precision"], found["plan"]["ple"]) == (precision, tier)
     assert found["peak_bytes"] <= found["budget_bytes"]
     assert found["peak_bytes"] == pytest.approx(found["planned_bytes"], rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from edge.store.weights import Kept, Source, table_kind
@@ -83,28 +84,33 @@ class Prices:
 
     def __init__(self, source: Source, part: Slice, small: Model, tensors: Mapping[str, Kept], device: str) -> None:
         self.source, self.part, self.small, self.tensors, self.device = source, part, small, tensors, device
+        # Layers are mostly alike: a few dozen kinds of tensors instead of hundreds of tensors.
+        self.kinds = Counter(tensor.kind for tensor in tensors.values())
         self.weights: dict[Recipe, int] = {}
         self.activations: dict[tuple[int, int, str], int] = {}
+        self.caches: dict[tuple[int, str], int] = {}
 
     def components(self, recipe: Recipe, kv: str, tier: str, context: int, chunk: int) -> dict[str, int]:
         """What a run holds besides the runtime's own floor and the tokenizer."""
         key = (chunk, context, kv)
         if key not in self.activations:
             self.activations[key] = activation_bytes(self.small, chunk, context, kv)
+        if (context, kv) not in self.caches:
+            self.caches[context, kv] = kv_bytes(self.small, context, kv)
         activations = self.activations[key]
         if self.device == "cuda":
             activations += cuda_scratch_bytes(self.small, chunk, recipe) - scratch_bytes(self.small)
         return {
             "weights": self.weights_bytes(recipe),
             "ple": 0 if tier == "none" else ple_bytes(self.small, table_kind(self.source, recipe), tier),
-            "kv": kv_bytes(self.small, context, kv),
+            "kv": self.caches[context, kv],
             "activations": activations,
         }
 
     def weights_bytes(self, recipe: Recipe) -> int:
         """All tensors but the per-layer-embedding table."""
         if recipe not in self.weights:
-            self.weights[recipe] = sum(tensor.nbytes(recipe) for tensor in self.tensors.values())
+            self.weights[recipe] = sum(count * kind.nbytes(recipe) for kind, count in self.kinds.items())
         return self.weights[recipe]
 
     def bytes_per_token(self, recipe: Recipe) -> int:

@@ -109,6 +109,7 @@ class StreamedTable:
         self.cache = np.empty((max(1, cache_bytes // self.row_bytes), self.width), dtype)
         self.slots: OrderedDict[int, int] = OrderedDict()
         self.arrived: set[int] = set()
+        self.relieved = False
         self.counters = Counters()
         self.ahead = ThreadPoolExecutor(1, thread_name_prefix="edge-ple")
         self.pending: tuple[tuple[int, ...], Future[np.ndarray]] | None = None
@@ -192,8 +193,10 @@ class StreamedTable:
             self.slots[row] = slot
 
     def relieve(self) -> int:
-        """Keeps an eighth of the row cache, but a row at least, from now on."""
-        before = self.cache.nbytes
+        """Keeps an eighth of the row cache, once: with less there would be no room to read ahead."""
+        if self.relieved:
+            return 0
+        self.relieved, before = True, self.cache.nbytes
         self.slots.clear()
         self.arrived.clear()
         self.cache = np.empty((max(1, len(self.cache) // 8), self.width), self.cache.dtype)

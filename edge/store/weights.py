@@ -36,6 +36,11 @@ class Kept:
     full: Shape
     shape: Shape
 
+    @property
+    def kind(self) -> Kept:
+        """The same without the number of its layer: equal for tensors that are kept alike."""
+        return Kept(self.source.split(".", 2)[2], self.full, self.shape) if self.source.startswith("layers.") else self
+
     def stored(self, recipe: Recipe) -> str:
         """The format it is kept in."""
         return stored_as(self.source, self.full, recipe)
