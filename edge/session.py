@@ -327,11 +327,15 @@ def open_session(
     engine: str,
     *,
     text: bool = False,
+    fresh: bool = False,
     notify: Notify = quiet,
     started: float | None = None,
 ) -> Session:
-    """Prepares, plans and loads. With ``text`` a checkpoint without a tokenizer is refused before it is loaded."""
-    return Session(prepare(path, request, device, engine, text=text), notify=notify, started=started)
+    """Prepares, plans and loads. With ``text`` a checkpoint without a tokenizer is refused before it is loaded.
+
+    ``fresh``: the process has done nothing else, so the floor it sees is worth remembering.
+    """
+    return Session(prepare(path, request, device, engine, text=text, fresh=fresh), notify=notify, started=started)
 
 
 def open_source(path: Path) -> Source:
@@ -341,7 +345,9 @@ def open_source(path: Path) -> Source:
     return Pack.open(path) if is_pack(path) else Checkpoint.open(path)
 
 
-def prepare(path: Path, request: Request, device: str, engine: str, *, text: bool = False) -> Ready:
+def prepare(
+    path: Path, request: Request, device: str, engine: str, *, text: bool = False, fresh: bool = False
+) -> Ready:
     """Checkpoint, text and libraries first, so that the floor a plan stands on is measured with them in it."""
     source = open_source(path)
     # A template or a default that cannot be read is better known before gigabytes are.
@@ -353,9 +359,13 @@ def prepare(path: Path, request: Request, device: str, engine: str, *, text: boo
     bare = runtime.floor()
     tokenizer = open_tokenizer(source, folder, text)
     request = replace(request, device=runtime.device, engine=runtime.engine)
-    return Ready(
-        source, tokenizer, template, defaults, runtime, request, settled(source, bare, runtime, engine, device)
-    )
+    floor = settled(source, bare, runtime, engine, device)
+    known = machine.known_floor(engine, device)
+    if fresh and (known is None or known.floor.host < floor.host or known.floor.device < floor.device):
+        # The same input must give the same plan: a floor a few pages lower than last time is not planned on.
+        seen = machine.Known(Floor(floor.host, floor.device), runtime.engine, runtime.device)
+        machine.remember_floor(engine, device, seen)
+    return Ready(source, tokenizer, template, defaults, runtime, request, floor)
 
 
 def settled(source: Source, bare: Floor, runtime: engines.Runtime, engine: str, device: str) -> Floor:

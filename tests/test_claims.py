@@ -22,6 +22,7 @@ from loaders.formats.synthetic import write_random
 from tests import boxed
 from tests.shared import TALE
 from tests.shrink import real, shrink
+from tests.small import gemma3n_fixture  # noqa: F401
 
 # Prefills in chunks, fills the context to the last token, and says what it took and what it said.
 PROGRAM = """
@@ -147,6 +148,15 @@ def test_below_the_least_plan_it_is_refused_and_told_what_would_do(model: Path, 
     assert needed is not None
     assert planned(int(needed[1])).returncode == 0
     assert planned(int(needed[1]) - 1).returncode == 80
+
+
+def test_the_first_run_and_the_next_make_the_same_plan(tmp_path: Path, gemma3n: Path) -> None:
+    """Also where the first one compiles a vocabulary and packs: neither may show in what is planned on."""
+    command = [sys.executable, "-m", "edge", "run", str(gemma3n), "once", "-n", "2", "--json", "--device", "cpu"]
+    command += ["--precision", "int4", "--budget", "2GB"]
+    plans = [run(command, environment(tmp_path))["plan"] for _ in range(3)]
+    assert list((tmp_path / "packs").glob("*/vocab.bin"))
+    assert plans[0]["bytes"] == plans[1]["bytes"] == plans[2]["bytes"]
 
 
 def boxable(name: str) -> list[str]:

@@ -23,7 +23,7 @@ from loaders.formats.quant import BITS
 from loaders.packing import write_pack
 
 
-@click.command("pack")
+@click.command("pack", short_help="Quantize MODEL once; later runs start from that.")
 @click.argument("model", required=False)
 @click.option("-o", "--output", metavar="DIR", help="A folder that does not exist yet.  [default: the user's cache]")
 @click.option(

@@ -87,6 +87,7 @@ def command(**flags: Any) -> int:
             flags["device"],
             flags["engine"],
             text=True,
+            fresh=True,
             notify=notify,
             started=started,
         )

@@ -15,7 +15,7 @@ from loaders.rewrite import write_slice
 from loaders.slices import resolve
 
 
-@click.command("slice")
+@click.command("slice", short_help="Write a slice of MODEL as a checkpoint of its own.")
 @click.argument("model")
 @click.option("--slice", "name", required=True, metavar="NAME", help="E2B, half, ffn=8192x20,16384x15, a JSON file.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="A folder that does not exist yet.")

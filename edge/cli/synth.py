@@ -14,7 +14,7 @@ from loaders.formats.synthetic import write_random
 from loaders.network.tensors import total
 
 
-@click.command("synth")
+@click.command("synth", short_help="Write random weights at the shapes of a config.json.")
 @click.option("--config", required=True, metavar="FILE", help="A config.json, or the folder that holds one.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="A folder that does not exist yet.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Other seeds, other values.")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from edge.budget.memory import Ledger, bound_malloc, read_process
+from edge.budget.memory import Ledger, bound_malloc
 from edge.budget.nvml import device_used
 from edge.budget.plan import Floor, Plan
+from edge.budget.watch import Tree
 from edge.store.ple import Counters
 from edge.store.weights import Source, kept
 from loaders.errors import Unsupported, Usage
@@ -37,9 +38,9 @@ class Runtime:
     device_before: int | None
 
     def floor(self) -> Floor:
-        """What is resident now, before any weight, rounded up."""
-        resident = read_process()
-        host = -(-(resident.rss + resident.swap + MIB) // STEP) * STEP
+        """What the process tree holds now, before any weight, rounded up: all that the budget will count."""
+        with Tree() as tree:
+            host = -(-(tree() + MIB) // STEP) * STEP
         return Floor(host, -(-(self.device_delta() or 0) // STEP) * STEP)
 
     def device_delta(self) -> int | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edge.budget.memory import trim
@@ -24,12 +28,29 @@ def text_folder(source: Source) -> Path | None:
     if not (source.folder / "tokenizer.json").exists():
         return None
     try:
+        if packs.cached(source) is None:
+            apart(lambda: packs.ensure(source, (), notify=lambda *_: None).close())
         with packs.pack_closed(packs.ensure(source, (), notify=lambda *_: None)) as pack:
             folder = pack.folder
     except (CannotCreate, NotPermitted, ReadFailed):
         return None
-    trim()  # a vocabulary of megabytes may just have been compiled
+    trim()
     return folder
+
+
+def apart(work: Callable[[], None]) -> None:
+    """Does ``work`` in a child whose memory goes with it: a compiler of vocabularies would stay in every later figure.
+
+    Only where forking is cheap and safe, before an engine's threads; elsewhere, and where it fails, nothing is done.
+    """
+    if sys.platform != "linux" or "torch" in sys.modules:
+        return
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            work()
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def open_tokenizer(source: Source, folder: Path | None, needed: bool) -> AnyTokenizer | None:
