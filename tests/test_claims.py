@@ -108,11 +108,13 @@ def budgets(folder: Path, cache_folder: Path, count: int) -> list[int]:
 
 
 def assert_kept(found: dict[str, Any], budget: int) -> None:
-    """Under the budget and, since the context was filled, near the plan."""
+    """Under the budget and, since the context was filled, near the plan: within 5%, or 16 MiB where nearly all of it is
+    the libraries' own memory.
+    """
     assert found["budget_bytes"] == budget
     assert found["planned_bytes"] <= budget
     assert max(found["peak_bytes"], found["high"]) <= budget, found
-    assert found["peak_bytes"] == pytest.approx(found["planned_bytes"], rel=0.05), found
+    assert found["peak_bytes"] == pytest.approx(found["planned_bytes"], rel=0.05, abs=16 << 20), found
 
 
 def test_claim_a_over_a_sweep_of_budgets(model: Path, cache_folder: Path) -> None:

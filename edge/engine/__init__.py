@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # (what is going on, how much is done, of how much)
 Notify = Callable[[str, int, int], None]
 MIB = 1 << 20
-# Floors are rounded up to this, so that noise of a few pages does not change a plan.
+# A GPU's floor is rounded up to this, a host's to a MiB: noise of a few pages must not change a plan.
 STEP = 4 * MIB
 
 
@@ -40,7 +40,7 @@ class Runtime:
     def floor(self) -> Floor:
         """What the process tree holds now, before any weight, rounded up: all that the budget will count."""
         with Tree() as tree:
-            host = -(-(tree() + MIB) // STEP) * STEP
+            host = -(-(tree() + MIB) // MIB) * MIB
         return Floor(host, -(-(self.device_delta() or 0) // STEP) * STEP)
 
     def device_delta(self) -> int | None:

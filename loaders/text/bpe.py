@@ -26,7 +26,7 @@ BYTE_CHARS = "".join(chr(b) if b in _PLAIN else chr(next(_OTHERS)) for b in rang
 CHAR_BYTES = {c: b for b, c in enumerate(BYTE_CHARS)}
 _TO_CHARS = dict(enumerate(BYTE_CHARS))
 # What is kept of words and characters met before, in bytes (by an upper estimate), and the longest word kept.
-MAX_WORDS, MAX_CHARS, MAX_WORD = 4 << 20, 2 << 20, 64
+MAX_WORDS, MAX_CHARS, MAX_WORD = 1 << 20, 1 << 19, 64
 
 
 def to_bytes(text: str) -> str:
