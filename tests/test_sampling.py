@@ -58,7 +58,8 @@ def test_top_p_is_the_shortest_sufficient_prefix(row: np.ndarray, p: float) -> N
     got = kept(top_p(row, p))
     if p < 1.0 and abs(math.fsum(probs[want]) - p) > 1e-9 and abs(math.fsum(probs[want[:-1]]) - p) > 1e-9:
         assert got == set(want)
-    assert int(np.argmax(row)) in got
+    # Logits 7e-44 apart have the same probability: either may be the first.
+    assert max(probs[i] for i in got) == probs.max()
 
 
 @given(ROWS, st.floats(0.0, 1.0))
