@@ -17,7 +17,6 @@ from edge.budget.memory import Ledger, read_process, read_pss, trim
 from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
 from edge.budget.price import kv_bytes
 from edge.budget.units import format_bytes, parse_bytes
-from edge.engine import Notify
 from edge.generate import Event, Timing, Wordless, generate
 from edge.sampling import Sampler, Sampling
 from edge.store import packs
@@ -28,6 +27,7 @@ from loaders.errors import MissingFile, OverBudget, Usage
 from loaders.formats.manifest import is_pack
 from loaders.formats.pack import Pack, parts_for
 from loaders.formats.quant import BITS
+from loaders.formats.sharded import Notify
 from loaders.network.matformer import sliced
 from loaders.text.generation import GenerationDefaults, read_generation
 from loaders.text.template import ChatTemplate

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from edge.budget.plan import WHERE, Plan, Request
 from edge.budget.units import format_bytes
-from edge.engine import Notify
 from edge.generate import Timing
 from edge.session import Session
+from loaders.formats.sharded import Notify
 
 MOST_ROWS = 24
 

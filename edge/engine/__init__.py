@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from edge.budget.watch import Tree
 from edge.store.ple import Counters
 from edge.store.weights import Source, kept
 from loaders.errors import Unsupported, Usage
+from loaders.formats.sharded import Notify
 from loaders.network.matformer import parts
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE
@@ -21,8 +21,6 @@ from loaders.network.tensors import PLE_TABLE
 if TYPE_CHECKING:
     from edge.engine.base import Engine
 
-# (what is going on, how much is done, of how much)
-Notify = Callable[[str, int, int], None]
 MIB = 1 << 20
 # A GPU's floor is rounded up to this, a host's to a MiB: noise of a few pages must not change a plan.
 STEP = 4 * MIB

@@ -16,6 +16,7 @@ from loaders.formats.safetensors_writer import Writer
 PREFIX = "model."
 HEAD = "lm_head.weight"
 
+# (what is going on, how much is done, of how much)
 Notify = Callable[[str, int, int], None]
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 
