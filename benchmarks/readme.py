@@ -20,12 +20,10 @@ from rich.console import Console
 from edge.budget.plan import Floor, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.show import plan_lines, plan_table
-from loaders.checkpoint import Checkpoint, file_name
-from loaders.families import families, family_of
-from loaders.formats.config import Config, read_json
-from loaders.formats.safetensors import Tensor
+from loaders.families import families
 from loaders.network.matformer import sliced
-from loaders.network.tensors import core, tensors, total
+from loaders.network.tensors import core, total
+from loaders.sketch import sketch
 from loaders.slices import candidates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,27 +35,11 @@ EXAMPLE_FLOOR = Floor(host=244 * MIB, tokenizer=26 * MIB)
 EXAMPLE_BANDWIDTH = 30e9
 
 
-def shapes_only(config: Path) -> Checkpoint:
-    """A checkpoint of a config's shapes in bf16, with headers and no bytes: enough to plan with."""
-    raw = read_json(config)
-    parsed = Config(raw, str(config))
-    family = family_of(parsed.raw("model_type"), str(config))
-    model = family.parse(parsed)
-    where, at = {}, 0
-    for name, shape in tensors(model).items():
-        size = 2
-        for n in shape:
-            size *= n
-        where[name] = Tensor(file_name(family, name), "BF16", shape, str(config), at, size)
-        at += size
-    return Checkpoint(config.parent, raw, family, model, None, where, (), 0)  # type: ignore[arg-type]
-
-
 def supported() -> str:
     """The families, from the registry; sizes from the configurations the tests parse at full size."""
     sizes: dict[str, list[str]] = {}
     for path in sorted(CONFIGS.glob("*.json")):
-        model = shapes_only(path).model
+        model = sketch(path).model
         sizes.setdefault(model.family, []).append(f"{path.stem} ({total(model) / 1e9:.2f}B)")
     lines = [
         "| family | `model_type` | parsed at full size in the tests | logits against transformers | slices | PLE |"
@@ -75,7 +57,7 @@ def supported() -> str:
 
 def slices() -> str:
     """The published slices of E4B."""
-    checkpoint = shapes_only(CONFIGS / "gemma-3n-E4B.json")
+    checkpoint = sketch(CONFIGS / "gemma-3n-E4B.json")
     lines = [
         "| `--slice` | parameters without embeddings | MMLU (published, pre-trained) | what it keeps |",
         "|---|---:|---:|---|",
@@ -88,7 +70,7 @@ def slices() -> str:
 
 def plan() -> str:
     """What `edge plan` prints for E4B on a machine with 3 GB to give."""
-    checkpoint = shapes_only(CONFIGS / "gemma-3n-E4B.json")
+    checkpoint = sketch(CONFIGS / "gemma-3n-E4B.json")
     request = Request(budget=3 * 10**9)
     plans = enumerate_plans(checkpoint, request, EXAMPLE_FLOOR)
     chosen = pick(plans, request)

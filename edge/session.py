@@ -29,6 +29,7 @@ from loaders.formats.pack import Pack, parts_for
 from loaders.formats.quant import BITS
 from loaders.formats.sharded import Notify
 from loaders.network.matformer import sliced
+from loaders.sketch import sketch
 from loaders.text.generation import GenerationDefaults, read_generation
 from loaders.text.template import ChatTemplate
 from loaders.text.tokenizer import AnyTokenizer, StreamDecoder
@@ -338,11 +339,24 @@ def open_session(
     return Session(prepare(path, request, device, engine, text=text, fresh=fresh), notify=notify, started=started)
 
 
-def open_source(path: Path) -> Source:
-    """A checkpoint folder, or a pack. Raises MissingFile, BadCheckpoint, Unsupported."""
+def open_source(path: Path, *, shapes: bool = False) -> Source:
+    """A checkpoint folder, or a pack; with ``shapes`` a config.json will do, as a checkpoint without weights.
+
+    Raises MissingFile, BadCheckpoint, Unsupported.
+    """
+    if shapes and path.suffix == ".json" and os.path.isfile(path):
+        return sketch(path)
     if not os.path.isdir(path):  # which, unlike Path.is_dir, takes a name too long as absent
         raise MissingFile("no such folder", file=path, expected="a checkpoint folder with config.json, or a pack")
-    return Pack.open(path) if is_pack(path) else Checkpoint.open(path)
+    if is_pack(path):
+        return Pack.open(path)
+    try:
+        return Checkpoint.open(path)
+    except MissingFile as error:
+        if error.file != os.fspath(path):
+            raise
+        hint = "`edge plan` and `edge inspect` take its config.json alone"
+        raise MissingFile(error.found, file=path, expected=error.expected, hint=hint) from None
 
 
 def prepare(

@@ -18,12 +18,14 @@ import numpy as np
 from loaders.errors import BadCheckpoint, MissingFile, Unsupported
 from loaders.families import Family, family_of
 from loaders.formats.config import Config, read_json
+from loaders.formats.placed import FP8, FP8_BLOCK, RAW, Piece, Placed
 from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.layout import file_name, place_of, spots
 from loaders.network.spec import Model
 from loaders.network.tensors import tensors
 
 FLOATS = ("BF16", "F16", "F32")
-RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+SCALE = "_scale_inv"
 HEAD_ROWS = 64
 
 
@@ -36,7 +38,7 @@ class Checkpoint:
     family: Family
     model: Model
     shards: Shards
-    where: dict[str, Tensor]
+    where: dict[str, Placed]
     ignored: tuple[str, ...]
     skipped_bytes: int
 
@@ -76,11 +78,11 @@ class Checkpoint:
         return {name: tensor.nbytes for name, tensor in self.where.items()}
 
     def read_raw(self, name: str, window: Window | None = None) -> np.ndarray:
-        """The stored bits of a window of a tensor, as uint16 or uint32 of the window's shape."""
-        tensor = self.where[name]
-        window = window or Window.full(tensor.shape)
-        out = np.empty(window.shape, RAW[tensor.dtype])
-        self.shards.read_window(tensor, window, out)
+        """The stored bits of a window of a tensor, as unsigned integers of the window's shape."""
+        placed = self.where[name]
+        window = window or placed.window
+        out = np.empty(window.shape, RAW[placed.dtype])
+        placed.read(self.shards, window, out)
         return out
 
     def refuse_other_head(self) -> None:
@@ -89,14 +91,14 @@ class Checkpoint:
         if name is None:
             return
         head, embed = self.shards.tensors[name], self.where["embed"]
-        same = head.shape == embed.shape and head.dtype == embed.dtype
+        same = head.shape == embed.shape and head.dtype == embed.dtype and embed.plain is not None
         if same:
             last = head.shape[0] - 1
             rows = sorted({i * last // (HEAD_ROWS - 1) for i in range(HEAD_ROWS)})
             sample = Window.of(((i, i + 1) for i in rows), ((0, head.shape[1]),))
             a, b = (np.empty(sample.shape, RAW[head.dtype]) for _ in range(2))
             self.shards.read_window(head, sample, a)
-            self.shards.read_window(embed, sample, b)
+            embed.read(self.shards, sample, b)
             same = bool(np.array_equal(a, b))
         if not same:
             raise BadCheckpoint(
@@ -115,14 +117,6 @@ def bands(window: Window, rows: int) -> Iterator[Window]:
             yield Window(((start, min(start + rows, stop)),), window.cols)
 
 
-def file_name(family: Family, canonical: str) -> str:
-    """The name in the file, without prefix, of a canonical tensor name."""
-    if not canonical.startswith("layers."):
-        return family.names[canonical]
-    _, layer, rest = canonical.split(".", 2)
-    return family.names["layers.{}." + rest].format(layer)
-
-
 def prefix_of(names: Iterable[str], embed: str, file: str | Path) -> str:
     """What stands before every text tensor, found by the token embedding: uploads differ in it."""
     found = [name.removesuffix(embed) for name in names if name == embed or name.endswith("." + embed)]
@@ -136,21 +130,13 @@ def prefix_of(names: Iterable[str], embed: str, file: str | Path) -> str:
     return found[0]
 
 
-def match(family: Family, model: Model, shards: Shards, config: Path) -> tuple[dict[str, Tensor], tuple[str, ...], int]:
+def match(family: Family, model: Model, shards: Shards, config: Path) -> tuple[dict[str, Placed], tuple[str, ...], int]:
     """Every tensor of the spec found once, with its shape; every other tensor explained, or refused by name."""
-    prefix = prefix_of(shards.tensors, family.names["embed"], shards.folder)
-    where: dict[str, Tensor] = {}
-    for canonical, shape in tensors(model).items():
-        name = find(shards, prefix, file_name(family, canonical))
-        if name is None:
-            raise BadCheckpoint(
-                "no such tensor",
-                file=shards.folder,
-                field=prefix + file_name(family, canonical),
-                expected=describe(config, model, canonical, shape),
-            )
-        where[canonical] = check(shards.tensors[name], shape)
-    used = {tensor.name for tensor in where.values()}
+    prefix = prefix_of(shards.tensors, file_name(family.names, "embed"), shards.folder)
+    table = tensors(model)
+    where = {name: place(family, table, name, shards, prefix, config, model) for name in table}
+    used = {p.tensor.name for placed in where.values() for p in placed.pieces}
+    used |= {p.scale.name for placed in where.values() for p in placed.pieces if p.scale is not None}
     rest = [name for name in shards.tensors if name not in used]
     skipped = [name for name in rest if any(fnmatchcase(name, p) for p in family.text_only)]
     ignored = tuple(name for name in rest if name not in set(skipped) and explained(family, model, name))
@@ -166,6 +152,32 @@ def match(family: Family, model: Model, shards: Shards, config: Path) -> tuple[d
     return where, ignored, sum(shards.tensors[name].nbytes for name in skipped)
 
 
+def place(
+    family: Family,
+    table: dict[str, tuple[int, ...]],
+    canonical: str,
+    shards: Shards,
+    prefix: str,
+    config: Path,
+    model: Model,
+) -> Placed:
+    """The pieces of one tensor. Raises BadCheckpoint for one that is missing or has another shape."""
+    pieces = []
+    for spot in spots(family.names, table, canonical):
+        name = find(shards, prefix, spot.name)
+        if name is None:
+            raise BadCheckpoint(
+                "no such tensor",
+                file=shards.folder,
+                field=prefix + spot.name,
+                expected=describe(config, model, canonical, spot.shape),
+            )
+        tensor = shards.tensors[name]
+        scale = shards.tensors.get(name + SCALE) if tensor.dtype == FP8 else None
+        pieces.append(Piece(check(tensor, spot.shape, scale), spot.block, scale))
+    return Placed(table[canonical], tuple(pieces), place_of(family.names, canonical)[0].offset)
+
+
 def find(shards: Shards, prefix: str, name: str) -> str | None:
     """The full name of a tensor; a head may stand outside the prefix."""
     for candidate in (prefix + name, name, prefix.removesuffix("model.") + name):
@@ -178,14 +190,17 @@ def explained(family: Family, model: Model, name: str) -> bool:
     """Whether a tensor that was not asked for is one this family is known to carry in vain."""
     if model.tied and name.endswith("lm_head.weight"):
         return True
+    past = len(model.layers)
+    if any(fnmatchcase(name, p.format(past=past)) for p in family.ignore if "{past}" in p):
+        return True
     if any(fnmatchcase(name, p) for p in family.ignore):
         number = name.partition("layers.")[2].partition(".")[0]
         return not number.isdecimal() or int(number) < len(model.layers)
     return False
 
 
-def check(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Shape and type as the spec wants them."""
+def check(tensor: Tensor, shape: tuple[int, ...], scale: Tensor | None = None) -> Tensor:
+    """Shape and type as the spec wants them, and an fp8 tensor's scales as the tensor wants them."""
     if tensor.shape != shape:
         raise BadCheckpoint(
             f"shape {list(tensor.shape)}",
@@ -193,7 +208,12 @@ def check(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
             field=tensor.name,
             expected=f"{list(shape)} by config.json",
         )
-    if tensor.dtype not in FLOATS:
+    if scale is not None:
+        wanted = tuple(-(-n // FP8_BLOCK) for n in shape)
+        if len(shape) != 2 or scale.shape != wanted or scale.dtype != "F32":
+            found = f"{scale.dtype} of shape {list(scale.shape)}"
+            raise BadCheckpoint(found, file=scale.shard, field=scale.name, expected=f"F32 of shape {list(wanted)}")
+    elif tensor.dtype not in FLOATS:
         kind = Unsupported if tensor.dtype.startswith("F") else BadCheckpoint
         raise kind(tensor.dtype, file=tensor.shard, field=tensor.name, expected="one of " + ", ".join(FLOATS))
     return tensor

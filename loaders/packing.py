@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.checkpoint import RAW, Checkpoint, bands
+from loaders.checkpoint import Checkpoint, bands
 from loaders.errors import BadCheckpoint, ReadFailed, Unsupported
 from loaders.formats import manifest as manifests
 from loaders.formats.atomic import fresh_folder
-from loaders.formats.buffers import from_float32, to_float32
+from loaders.formats.buffers import from_float32
 from loaders.formats.config import read_bytes
 from loaders.formats.pack import PLE, ROOT, SCALE, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
 from loaders.formats.quant import BITS, quantize, quantize_rows
@@ -28,7 +28,7 @@ from loaders.formats.safetensors import Window
 from loaders.formats.safetensors_writer import Writer
 from loaders.formats.sharded import Notify, sizes_of
 from loaders.network.spec import Model
-from loaders.network.tensors import PLE_TABLE, tensors
+from loaders.network.tensors import PLE_TABLE, flat, tensors
 from loaders.rewrite import COMPANIONS
 from loaders.text.compact import CompactTokenizer
 from loaders.text.vocab import compile_vocab
@@ -76,8 +76,8 @@ def part_bytes(checkpoint: Checkpoint, part: str, ple: str = "int8") -> int:
 def packing_bytes(checkpoint: Checkpoint, band: int = BANDS[1]) -> int:
     """What packing in bands of so many values holds in memory at most, beyond what the process held before."""
     table = tensors(checkpoint.model)
-    matrices = [shape for name, shape in table.items() if len(shape) == 2 and name != PLE_TABLE]
-    widest = max(shape[1] for shape in table.values() if len(shape) == 2)
+    matrices = [flat(shape) for name, shape in table.items() if len(shape) > 1 and name != PLE_TABLE]
+    widest = max(shape[-1] for shape in table.values() if len(shape) > 1)
     scales = max(rows * cols // 16 for rows, cols in matrices)
     return (THREADS + 1) * max(band, widest) * BAND_COST + scales + STRIPS
 
@@ -235,7 +235,7 @@ class Packer:
         self, name: str, convert: Callable[[npt.NDArray[np.float32]], Any], pool: ThreadPoolExecutor
     ) -> Iterator[Any]:
         """``convert`` of every band of a tensor as float32, in order, a few of them under way at once."""
-        window = Window.full(self.checkpoint.where[name].shape)
+        window = self.checkpoint.where[name].window
         columns = max(1, window.count // max(1, window.shape[0]))
         running: deque[Future[Any]] = deque()
         for band in bands(window, max(1, self.band // columns)):
@@ -247,13 +247,11 @@ class Packer:
 
     def work(self, name: str, band: Window, convert: Callable[[npt.NDArray[np.float32]], Any]) -> Any:
         """One band: read, widened, converted."""
-        tensor = self.checkpoint.where[name]
-        raw = np.empty(band.shape, RAW[tensor.dtype])
-        self.checkpoint.shards.read_window(tensor, band, raw)
+        placed = self.checkpoint.where[name]
         try:
-            return convert(to_float32(raw, tensor.dtype))
+            return convert(placed.values(self.checkpoint.shards, band))
         except BadCheckpoint as e:
-            raise BadCheckpoint(e.found, file=tensor.shard, field=tensor.name, expected=e.expected) from None
+            raise BadCheckpoint(e.found, file=placed.shard, field=placed.name, expected=e.expected) from None
 
 
 def seal_folder(folder: Path, names: Iterable[str], part: str, mark: str, **facts: Any) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.checkpoint import RAW, Checkpoint, bands, file_name
+from loaders.checkpoint import Checkpoint, bands
 from loaders.errors import Unsupported
 from loaders.formats.atomic import fresh_folder
 from loaders.formats.config import read_bytes
+from loaders.formats.safetensors import ITEMSIZE
 from loaders.formats.sharded import Notify, by_size, sizes_of, stored_name, write_tensors
+from loaders.layout import file_name
 from loaders.network.matformer import Part, Slice, parts
 
 SHARD_BYTES = 4 * 10**9  # files of a size every tool handles
@@ -38,7 +40,9 @@ def write_slice(checkpoint: Checkpoint, part: Slice, output: Path, notify: Notif
     if family.sliced_config is None:
         raise Unsupported(f"{family.title} has no slices", field="--slice")
     config = family.sliced_config(checkpoint.raw_config, checkpoint.model, part)
-    wanted = {stored_name(file_name(family, name)): piece for name, piece in parts(checkpoint.model, part).items()}
+    wanted = {
+        stored_name(file_name(family.names, name)): piece for name, piece in parts(checkpoint.model, part).items()
+    }
     specs = {name: (checkpoint.where[piece.name].dtype, piece.window.shape) for name, piece in wanted.items()}
     sizes = sizes_of(specs)
     with fresh_folder(output, sum(sizes.values())) as folder:
@@ -53,9 +57,6 @@ def write_slice(checkpoint: Checkpoint, part: Slice, output: Path, notify: Notif
 
 def raw_bands(checkpoint: Checkpoint, part: Part) -> Iterator[np.ndarray]:
     """A window's raw bytes, a few rows at a time."""
-    tensor = checkpoint.where[part.name]
-    row = part.window.count // part.window.shape[0] * tensor.itemsize
+    row = part.window.count // part.window.shape[0] * ITEMSIZE[checkpoint.where[part.name].dtype]
     for window in bands(part.window, max(1, BAND_BYTES // max(1, row))):
-        out = np.empty(window.shape, RAW[tensor.dtype])
-        checkpoint.shards.read_window(tensor, window, out)
-        yield out
+        yield checkpoint.read_raw(part.name, window)

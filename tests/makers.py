@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Gemma3nForCausalLM, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers import Gemma3nForCausalLM, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
     "gemma3n_text": Gemma3nForCausalLM,
@@ -43,9 +44,8 @@ def make(
 
     ``change`` rewrites the tensors of an unsharded folder before they are stored.
     """
-    text = copy.deepcopy(raw.get("text_config", raw))
-    kind = CLASSES[text["model_type"]]
-    model = kind(kind.config_class.from_dict(text))
+    kind, config = theirs(raw)
+    model = kind(config)
     randomize(model, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     if not saved_config:
@@ -55,34 +55,52 @@ def make(
     return folder
 
 
+def theirs(raw: dict[str, Any]) -> tuple[type[PreTrainedModel], Any]:
+    """transformers' class for a config, and the config as it reads it: of the text part, weights as they are."""
+    text = copy.deepcopy(raw.get("text_config", raw))
+    kind = CLASSES[text.pop("model_type")]
+    text.pop("quantization_config", None)
+    return kind, kind.config_class.from_dict(text)
+
+
 def randomize(model: PreTrainedModel, seed: int) -> None:
     """Deterministic weights of the size a trained model's have, and none at its initial value."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(p: torch.Tensor, std: float) -> None:
-        p.data.copy_(torch.randn(p.shape, generator=generator) * std)
-
+    # What a norm's weight is short of: Gemma 3 stores w of 1 + w.
+    lack = 1.0 if model.config.model_type == "gemma3_text" else 0.0
+    parameters = {name for name, _ in model.named_parameters()}
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(("q_norm.weight", "k_norm.weight")):
-                # Gemma 3n does not scale its scores: larger weights would make every softmax a maximum.
-                p.data.copy_(torch.rand(p.shape, generator=generator) * 0.6 + 0.4)
-            elif "norm" in name:
-                p.data.copy_(torch.rand(p.shape, generator=generator) + 0.5)
-            elif name.endswith("correct_output_scale"):
-                normal(p, 1.0)
-            elif name.endswith("modality_router.weight"):
-                normal(p, 0.5 * p.shape[1] ** 0.5)  # its input is divided by the whole width
-            elif name.endswith("prediction_coefs.weight"):
-                normal(p, 0.05)  # the streams grow by this layer after layer, and rounding errors with them
-            elif name.endswith("correction_coefs.weight"):
-                normal(p, 0.3)
-            elif name.endswith("embed_tokens_per_layer.weight"):
-                normal(p, 0.4)
-            elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                normal(p, 0.7)
-            else:
-                normal(p, p.shape[-1] ** -0.5)
+        for name, p in (*model.named_parameters(), *model.named_buffers()):
+            how = next((how for pattern, how in WEIGHTS if re.search(pattern, name)), None)
+            if isinstance(how, tuple):
+                low, high = (x - lack for x in how)
+                p.data.copy_(torch.rand(p.shape, generator=generator) * (high - low) + low)
+            elif how is not None or name in parameters:
+                deviation = how or p.shape[-2 if turned(model, name, p) else -1] ** -0.5
+                p.data.copy_(torch.randn(p.shape, generator=generator) * deviation)
+
+
+# By name, the first that matches: uniform between two values, or normal with a deviation; matrices by their inputs.
+WEIGHTS: tuple[tuple[str, tuple[float, float] | float], ...] = (
+    # Gemma 3n does not scale its scores: larger weights would make every softmax a maximum.
+    (r"(q_norm|k_norm)\.weight$", (0.4, 1.0)),
+    (r"\.bias$", 0.3),
+    (r"norm|\.ln_", (0.5, 1.5)),
+    (r"layer_scalar$", (0.5, 1.0)),
+    (r"e_score_correction_bias$", 0.2),
+    (r"correct_output_scale$", 1.0),
+    (r"modality_router\.weight$", 4.0),  # its input is divided by the whole width
+    (r"prediction_coefs\.weight$", 0.05),  # the streams grow by this layer after layer, and rounding errors with them
+    (r"correction_coefs\.weight$", 0.3),
+    (r"embed_tokens_per_layer\.weight$", 0.4),
+    (r"(embed_tokens|lm_head|wte|wpe)\.weight$", 0.7),
+)
+
+
+def turned(model: PreTrainedModel, name: str, p: torch.Tensor) -> bool:
+    """Most matrices are [out, in]; Llama 4's experts and GPT-2's are stored the other way round."""
+    return (p.ndim == 3 and model.config.model_type == "llama4_text") or ".c_" in name
 
 
 def edit(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
@@ -168,7 +186,8 @@ def prompt(vocab: int, length: int, seed: int = 1) -> np.ndarray:
 @cache
 def reference(folder: Path) -> PreTrainedModel:
     """transformers' own model of a text-only folder, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    kind, config = theirs(json.loads((folder / "config.json").read_text()))
+    model = kind.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
     return model.eval()
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
-import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loaders.families import family_of
 from loaders.formats.config import Config
-from loaders.network.spec import Model, mechanisms
+from loaders.network.rotary import frequencies
+from loaders.network.spec import AnyAttention, Experts, FeedForward, Linear, Model, Proportional, Yarn, mechanisms
 
 CONFIGS = Path(__file__).parent / "configs"
 GEMMA = ("gemma-3n-E4B", "gemma-3n-E2B")
@@ -39,6 +41,10 @@ DIVISORS: dict[str, dict[str, int]] = {
     },
 }
 PERIOD = 5
+# How lists with a value per layer are cut, where fewer layers is more than a smaller number: (text config) in place.
+LAYERS: dict[str, Callable[[dict[str, Any]], None]] = {}
+# No window and no chunk is longer, so that a test of 53 tokens passes it three times.
+SPAN = 17
 
 
 def real(name: str) -> dict[str, Any]:
@@ -59,8 +65,7 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
     """The same config, small. Raises AssertionError if a mechanism was lost on the way."""
     small = copy.deepcopy(raw)
     text = small.get("text_config", small)
-    if text["model_type"] == "gemma3n_text":
-        fewer_layers(text)
+    LAYERS.get(text["model_type"], lambda _: None)(text)
     divide(text, DIVISORS[text["model_type"]])
     for level in (small, text):
         lower_ids(level, text["vocab_size"])
@@ -69,11 +74,9 @@ def shrink(raw: dict[str, Any]) -> dict[str, Any]:
     assert kinds(after) == kinds(before), kinds(after) ^ kinds(before)
     if after.family == "gemma3n":
         check_gemma(after)
-    for layer in after.layers:
-        rope = layer.attention.rope
-        assert rope is not None
-        if rope.scaling is not None:
-            assert frequency_bands(after) == {"low", "middle", "high"}
+    for was, layer in zip(before.layers, after.layers, strict=False):
+        check_attention(layer.attention)
+        check_experts(was.ffn, layer.ffn)
     return small
 
 
@@ -108,18 +111,33 @@ def fewer_layers(text: dict[str, Any]) -> None:
         text[key] = [text[key][i * layers // fewer] for i in range(fewer)]
 
 
-def kinds(model: Model) -> frozenset[tuple[object, ...]]:
+def kinds(model: Model) -> frozenset[frozenset[str]]:
     """Which combinations of mechanisms a single layer has; numbers left out."""
-    return frozenset(
-        (
-            layer.attention.window is None,
-            layer.attention.kv_from is None,
-            layer.ffn.sparsity > 0,
-            layer.ffn.activation,
-            layer.norms,
-        )
-        for layer in model.layers
-    )
+    return frozenset(mechanisms(layer) for layer in model.layers)
+
+
+def check_attention(a: AnyAttention) -> None:
+    """Windows that a test gets past, and rotations that have every kind of pair."""
+    assert a.span is None or a.span <= SPAN
+    if a.rope is None or a.rope.scaling is None:
+        return
+    turns = frequencies(replace(a.rope, scaling=None))
+    ratio = frequencies(a.rope) / turns
+    if isinstance(a.rope.scaling, Proportional):
+        assert set(ratio.tolist()) == {0.0, 1.0}
+    elif not isinstance(a.rope.scaling, Linear):
+        low = 1.0 / a.rope.scaling.factor
+        found = {"low" if r < low * 1.001 else "high" if r > 0.999 else "middle" for r in ratio}
+        step = isinstance(a.rope.scaling, Yarn) and a.rope.scaling.fast == a.rope.scaling.slow
+        assert found == ({"low", "high"} if step else {"low", "middle", "high"}), found
+
+
+def check_experts(before: FeedForward, after: FeedForward) -> None:
+    """There is a choice, of more than one where there was, and within some of the groups."""
+    if isinstance(before, Experts) and isinstance(after, Experts):
+        assert after.active < after.experts
+        assert (after.active > 1) == (before.active > 1)
+        assert (after.router.active_groups < after.router.groups) == (before.router.groups > 1)
 
 
 def check_gemma(model: Model) -> None:
@@ -135,14 +153,4 @@ def check_gemma(model: Model) -> None:
     assert model.layers[0].attention.rope != model.layers[4].attention.rope
 
 
-def frequency_bands(model: Model) -> set[str]:
-    """Which of the three cases of Llama 3's scaling occur among the rotary frequencies."""
-    rope = model.layers[0].attention.rope
-    assert rope is not None
-    assert rope.scaling is not None
-    found = set()
-    for i in range(rope.dim // 2):
-        wavelength = 2 * math.pi * rope.theta ** (2 * i / rope.dim)
-        turns = rope.scaling.original / wavelength
-        found.add("low" if turns < rope.scaling.low else "high" if turns > rope.scaling.high else "middle")
-    return found
+LAYERS["gemma3n_text"] = fewer_layers

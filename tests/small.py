@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from loaders.checkpoint import file_name
 from loaders.families import family_of
 from loaders.formats.buffers import from_float32
 from loaders.formats.config import Config
 from loaders.formats.safetensors_writer import Writer
+from loaders.layout import file_name
 from loaders.network.tensors import tensors
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
@@ -109,7 +109,7 @@ def write(folder: Path, config: dict[str, Any], dtype: str = "F32", template: st
             values[name] += 1.0
         if name in ("embed", "head"):
             values[name][: len(SPECIALS)] = 0.0
-    names = {name: "model." + file_name(family, name) for name in values}
+    names = {name: "model." + file_name(family.names, name) for name in values}
     if "head" in names:
         names["head"] = "lm_head.weight"
     with Writer(folder / "model.safetensors", {names[n]: (dtype, v.shape) for n, v in values.items()}) as writer:

@@ -71,7 +71,7 @@ def test_gemma_layers() -> None:
             assert layer.attention.kv_from == (None if i < 20 else 19 if full else 18)
             assert layer.ffn.sparsity == (0.95 if i < 10 else 0.0)
             assert layer.attention.scale == 1.0
-            assert layer.attention.qk_norm
+            assert layer.attention.qk_norm == "head"
             assert layer.attention.v_norm
         assert sum(layer.attention.kv_from is not None for layer in model.layers) == shared
         assert model.last_writer == 19
@@ -629,11 +629,11 @@ def test_folders_without_the_files(folders: Folder, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", GEMMA)
 def test_canonical_names_are_complete(name: str) -> None:
     """Every tensor of the spec has a name in the file, and no two the same."""
-    from loaders.checkpoint import file_name
+    from loaders.layout import file_name
 
     model: Model = parse(real(name))
     family = families()["gemma3n"]
-    names = [file_name(family, canonical) for canonical in tensors(model)]
+    names = [file_name(family.names, canonical) for canonical in tensors(model)]
     assert len(set(names)) == len(names)
     assert not any("{" in n for n in names)
 

@@ -47,7 +47,7 @@ def part_of(checkpoint: Checkpoint, slice: str = "full") -> Part:
 
 def streamed(checkpoint: Checkpoint, rows: int = 8, slice: str = "full") -> StreamedTable:
     """A table with a cache for ``rows`` rows."""
-    part, tensor = part_of(checkpoint, slice), checkpoint.where[PLE_TABLE]
+    part, tensor = part_of(checkpoint, slice), checkpoint.where[PLE_TABLE].plain
     return StreamedTable(checkpoint.shards, tensor, part.window, rows * part.window.shape[1] * tensor.itemsize)
 
 
@@ -231,7 +231,7 @@ def test_rows_and_counters_follow_the_story(steps: list[tuple[list[int], list[in
 @pytest.mark.parametrize("cache_bytes", [384, 385, 767, 768, 10_000, 15_168])
 def test_the_cache_keeps_within_its_bytes(cache_bytes: int) -> None:
     checkpoint = opened("gemma3n")
-    table = StreamedTable(checkpoint.shards, checkpoint.where[PLE_TABLE], part_of(checkpoint).window, cache_bytes)
+    table = StreamedTable(checkpoint.shards, checkpoint.where[PLE_TABLE].plain, part_of(checkpoint).window, cache_bytes)
     table.rows(np.arange(ROWS))
     assert table.cache.nbytes <= cache_bytes
     assert table.cache.nbytes == len(table.slots) * table.row_bytes

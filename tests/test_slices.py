@@ -335,7 +335,9 @@ def test_any_slice_equals_its_written_model(written: object, data: st.DataObject
 def window_bytes(session: Session) -> dict[str, int]:
     """Bytes of each window in the file."""
     found = parts(session.checkpoint.model, session.plan.part)
-    return {name: p.window.count * session.checkpoint.where[p.name].itemsize for name, p in found.items()}
+    return {
+        name: p.window.count * session.checkpoint.where[p.name].pieces[0].tensor.itemsize for name, p in found.items()
+    }
 
 
 PARTS = ["full", "half", "quarter+skip-first-shared", "skip=0,11+ffn=100x18"]

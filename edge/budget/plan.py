@@ -19,6 +19,7 @@ from loaders.families import NamedSlice
 from loaders.formats.pack import Pack, refuse_precision
 from loaders.formats.recipe import PRECISIONS, Recipe, recipes
 from loaders.network.matformer import Slice, sliced
+from loaders.network.spec import Experts
 from loaders.slices import candidates, resolve
 
 KV = ("float32", "bf16")
@@ -58,6 +59,18 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts among a plan's weights: their bytes, and how many of how many one token runs through."""
+
+    nbytes: int
+    active: int
+    experts: int
+
+    def __str__(self) -> str:
+        return f"{format_bytes(self.nbytes)} in experts ({self.active} of {self.experts} active per token)"
+
+
+@dataclass(frozen=True)
 class Plan(Mapping[str, Any]):
     """One priced combination; also readable as a mapping with the keys of ``edge run --json``.
 
@@ -77,6 +90,7 @@ class Plan(Mapping[str, Any]):
     host_bytes: dict[str, int] = field(default_factory=dict)
     quality: Quality = field(default_factory=Quality)
     bytes_per_token: int = 0
+    experts_bytes: int = 0
 
     @property
     def precision(self) -> str:
@@ -105,6 +119,8 @@ class Plan(Mapping[str, Any]):
         plain["head"], plain["bytes_per_token"] = self.recipe.head, self.bytes_per_token
         plain["layers"], plain["widths"] = list(self.part.keep), list(self.part.widths)
         plain["quality"] = {"score": self.quality.score, "origin": self.quality.origin}
+        if self.mixture is not None:
+            plain["experts_bytes"] = self.mixture.nbytes
         if self.host_bytes:
             plain.update(host_bytes=self.host_bytes, host_total_bytes=self.host_total_bytes)
         return plain
@@ -154,9 +170,21 @@ def enumerate_plans(source: Source, request: Request, floor: Floor) -> list[Plan
                             plan = Plan(
                                 named.slice, recipe, tier, kv, context, min(chunk, context), request.engine,
                                 request.device, device, host, quality.at(recipe), prices.bytes_per_token(recipe),
+                                prices.experts_bytes(recipe),
                             )  # fmt: skip
                             found.append((order, plan))
     return [plan for _, plan in sorted(found, key=lambda item: (item[0], *preference(item[1])))]
+
+
+def mixture(prices: Prices, recipe: Recipe) -> Mixture | None:
+    """What the experts come to in a recipe; None for a model without."""
+    layers = [layer.ffn for layer in prices.small.layers if isinstance(layer.ffn, Experts)]
+    if not layers:
+        return None
+    stacks = (
+        (n, kind) for kind, n in prices.kinds.items() if kind.source.startswith("experts.") and len(kind.full) > 2
+    )
+    return Mixture(sum(n * kind.nbytes(recipe) for kind, n in stacks), layers[0].active, layers[0].experts)
 
 
 def preference(plan: Plan) -> tuple[float, ...]:
@@ -202,9 +230,10 @@ def pick(plans: Sequence[Plan], request: Request) -> Plan:
     flag, have = ("--ram-budget", request.ram_budget) if over_host else ("--budget", request.budget)
     need = nearest.host_total_bytes if over_host else nearest.total_bytes
     assert have is not None
+    of_it = "" if nearest.mixture is None or over_host else f"; of it {nearest.mixture}"
     raise WontFit(
         f"nothing fits {flag} {format_bytes(have)}; the nearest is {nearest.label()}, "
-        f"which needs {format_bytes(need)} ({need} bytes), {format_bytes(need - have)} more",
+        f"which needs {format_bytes(need)} ({need} bytes), {format_bytes(need - have)} more{of_it}",
         needed=need,
         budget=have,
         hint=f"Give at least {flag} {need}" + freer(request),

@@ -10,7 +10,7 @@ from loaders.formats.quant import BITS, record_bytes
 from loaders.formats.recipe import PLAIN, Recipe
 from loaders.formats.safetensors import ITEMSIZE
 from loaders.network.matformer import Slice
-from loaders.network.spec import Attention, Model
+from loaders.network.spec import AnyAttention, Experts, FeedForward, LatentAttention, Model
 
 # The row cache of the ssd tier: enough for the words a text keeps coming back to.
 ROW_CACHE = 16 << 20
@@ -29,15 +29,15 @@ def itemsize(precision: str) -> int:
     return ITEMSIZE[PLAIN[precision]]
 
 
-def kv_capacity(a: Attention, context: int) -> int:
-    """Tokens whose keys and values one layer keeps: all of them, or a window's worth."""
-    return context if a.window is None else min(a.window, context)
+def kv_capacity(a: AnyAttention, context: int) -> int:
+    """Tokens of which one layer keeps something: all of them, or as many as a window or a chunk shows."""
+    return context if a.span is None else min(a.span, context)
 
 
 def kv_bytes(model: Model, context: int, precision: str) -> int:
-    """Keys and values of every layer that owns some, for ``context`` tokens."""
-    owners = (layer.attention for layer in model.layers if layer.attention.kv_from is None)
-    return sum(2 * a.kv_heads * a.head_dim * kv_capacity(a, context) for a in owners) * itemsize(precision)
+    """Keys and values, or latent entries, of every layer that owns some, for ``context`` tokens."""
+    layers = (layer.attention for layer in model.layers)
+    return sum(a.cached * kv_capacity(a, context) for a in layers) * itemsize(precision)
 
 
 def ple_bytes(small: Model, kind: str, tier: str) -> int:
@@ -53,29 +53,54 @@ def ple_bytes(small: Model, kind: str, tier: str) -> int:
 def activation_bytes(model: Model, chunk: int, context: int, precision: str) -> int:
     """What one pass over ``chunk`` tokens holds at once: its values in float32, the logits of one token, scratch."""
     streams = model.altup.streams if model.altup else 1
-    width = max(layer.ffn.width for layer in model.layers)
-    a = max((layer.attention for layer in model.layers), key=lambda a: a.heads * a.head_dim)
     residual = model.dim * (4 * streams + 6)
-    inner = max(3 * width, a.head_dim * (4 * a.heads + 6 * a.kv_heads))
+    inner = max(max(attention_values(layer.attention), ffn_values(model.dim, layer.ffn)) for layer in model.layers)
     ple = 2 * len(model.layers) * model.ple.dim if model.ple else 0
-    windows = [kv_capacity(layer.attention, context) for layer in model.layers if layer.attention.window is not None]
-    # A ring that wraps hands the pass an ordered copy of what the window still shows.
-    ordered = 2 * a.kv_heads * a.head_dim * (max(windows, default=0) + chunk) * itemsize(precision) if windows else 0
-    return chunk * (residual + inner + ple) * FLOAT + ordered + 4 * model.vocab * FLOAT + scratch_bytes(model)
+    values = chunk * (residual + inner + ple) * FLOAT
+    return values + ordered_bytes(model, chunk, context, precision) + 4 * model.vocab * FLOAT + scratch_bytes(model)
+
+
+def attention_values(a: AnyAttention) -> int:
+    """Values per token that attention holds at once: projections, what is rotated, what comes out."""
+    if isinstance(a, LatentAttention):
+        return 2 * a.inner + (a.q_rank or 0)
+    return a.head_dim * (4 * a.heads + 6 * a.kv_heads)
+
+
+def ffn_values(dim: int, f: FeedForward) -> int:
+    """Values per token that a feed-forward holds at once; at worst one expert has all the tokens."""
+    if isinstance(f, Experts):
+        return 3 * (f.width + (f.shared.width if f.shared else 0)) + 3 * dim + 6 * f.experts
+    return 3 * f.width
+
+
+def ordered_bytes(model: Model, chunk: int, context: int, precision: str) -> int:
+    """A ring that wraps hands the pass an ordered copy of what the window, or the chunk at hand, still shows."""
+    layers = [layer.attention for layer in model.layers if layer.attention.span is not None]
+    return max((a.cached * (kv_capacity(a, context) + chunk) for a in layers), default=0) * itemsize(precision)
+
+
+def widest(model: Model) -> int:
+    """The largest width of a feed-forward, or of one expert."""
+    shared = (f.shared.width for f in ffns(model) if isinstance(f, Experts) and f.shared is not None)
+    return max(*(f.width for f in ffns(model)), *shared, 0)
+
+
+def ffns(model: Model) -> list[FeedForward]:
+    """The feed-forward of every layer."""
+    return [layer.ffn for layer in model.layers]
 
 
 def scratch_bytes(model: Model) -> int:
     """Widened tiles and what the matrix library packs beside them, sampling, threads, the allocator's slack."""
-    largest = model.dim * max(layer.ffn.width for layer in model.layers) * FLOAT
-    return SCRATCH + TILES * min(TILE_BYTES, largest)
+    return SCRATCH + TILES * min(TILE_BYTES, model.dim * widest(model) * FLOAT)
 
 
 def cuda_scratch_bytes(model: Model, chunk: int, recipe: Recipe) -> int:
     """The same on a GPU: quantized matrices are widened in tiles, each with its product with a chunk."""
     if recipe.precision not in BITS:
         return CUDA_SCRATCH
-    width = max(layer.ffn.width for layer in model.layers)
-    rows = min(width, CUDA_TILE // 2 // model.dim)
+    rows = min(widest(model), CUDA_TILE // 2 // model.dim)
     return CUDA_SCRATCH + 2 * rows * (model.dim + chunk)
 
 
@@ -89,6 +114,7 @@ class Prices:
         self.weights: dict[Recipe, int] = {}
         self.activations: dict[tuple[int, int, str], int] = {}
         self.caches: dict[tuple[int, str], int] = {}
+        self.mixtures: dict[Recipe, list[tuple[Experts, int]]] = {}
 
     def components(self, recipe: Recipe, kv: str, tier: str, context: int, chunk: int) -> dict[str, int]:
         """What a run holds besides the runtime's own floor and the tokenizer."""
@@ -114,6 +140,22 @@ class Prices:
         return self.weights[recipe]
 
     def bytes_per_token(self, recipe: Recipe) -> int:
-        """Weights that one decoded token reads: all but an embedding of which one row is used."""
+        """Weights that one decoded token reads: all but an embedding of which one row is used, and idle experts."""
         unread = 0 if self.small.tied else self.tensors["embed"].nbytes(recipe)
-        return self.weights_bytes(recipe) - unread
+        idle = sum(size * (f.experts - f.active) // f.experts for f, size in self.experts(recipe))
+        return self.weights_bytes(recipe) - unread - idle
+
+    def experts_bytes(self, recipe: Recipe) -> int:
+        """All experts, whether a token meets them or not; those that every token shares are not among them."""
+        return sum(size for _, size in self.experts(recipe))
+
+    def experts(self, recipe: Recipe) -> list[tuple[Experts, int]]:
+        """(mechanism, bytes) of each layer that has a choice of experts."""
+        if recipe not in self.mixtures:
+            stacks = [f"experts.{name}" for name in ("gate", "up", "down")]
+            self.mixtures[recipe] = [
+                (layer.ffn, sum(self.tensors[f"layers.{i}.{name}"].nbytes(recipe) for name in stacks))
+                for i, layer in enumerate(self.small.layers)
+                if isinstance(layer.ffn, Experts)
+            ]
+        return self.mixtures[recipe]

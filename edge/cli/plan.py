@@ -11,9 +11,10 @@ from edge.budget.machine import read_bandwidth
 from edge.budget.plan import Plan, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.options import planning, wanted
-from edge.cli.show import distinct, plan_lines, plan_table, print_json, speed_text, stdout
+from edge.cli.show import distinct, plan_lines, plan_table, print_json, speed_text, stdout, weights_note
 from edge.session import open_source, plan_floor
 from loaders.errors import WontFit
+from loaders.sketch import has_weights
 
 
 @click.command("plan")
@@ -21,12 +22,12 @@ from loaders.errors import WontFit
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @planning
 def command(model: str, as_json: bool, device: str, engine: str, **flags: Any) -> int:
-    """Say what would run within a budget, and why. Reads headers, loads no weights.
+    """Say what would run within a budget, and why. Reads headers, loads no weights; a config.json will do.
 
     Exits with 80 when nothing fits.
     """
     want = wanted(**flags)
-    source = open_source(Path(model))
+    source = open_source(Path(model), shapes=True)
     floor, request = plan_floor(source, want.request, device, engine)
     plans = enumerate_plans(source, request, floor)
     bandwidth = read_bandwidth() if request.device == "cpu" else None
@@ -37,9 +38,11 @@ def command(model: str, as_json: bool, device: str, engine: str, **flags: Any) -
     except WontFit as error:
         refusal = error
     if as_json:
-        print_json(report(plans, chosen, refusal, request, floor.host, bandwidth))
+        found = report(plans, chosen, refusal, request, floor.host, bandwidth)
+        print_json({"weights": has_weights(source), **found})
     else:
-        show(plans, chosen, request, want.note, bandwidth)
+        notes = ([want.note] if want.note else []) + weights_note(source)
+        show(plans, chosen, request, notes, bandwidth)
     if refusal is not None:
         raise refusal
     return 0
@@ -71,11 +74,11 @@ def report(
     }
 
 
-def show(plans: list[Plan], chosen: Plan | None, request: Request, note: str | None, bandwidth: float | None) -> None:
+def show(plans: list[Plan], chosen: Plan | None, request: Request, notes: list[str], bandwidth: float | None) -> None:
     """The table, and the chosen row in words. Contexts nobody needs to fall back to are left out."""
     console = stdout()
-    if note:
-        console.print(note, markup=False)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
     context = chosen.context if chosen is not None else min(plan.context for plan in plans)
     same = [plan for plan in plans if plan.context == context]
     console.print(plan_table(same, chosen, request, bandwidth))

@@ -16,7 +16,9 @@ from edge.budget.plan import WHERE, Plan, Request
 from edge.budget.units import format_bytes
 from edge.generate import Timing
 from edge.session import Session
+from edge.store.weights import Source
 from loaders.formats.sharded import Notify
+from loaders.sketch import has_weights
 
 MOST_ROWS = 24
 
@@ -60,6 +62,14 @@ def progress(console: Console, wanted: bool) -> Iterator[Notify]:
             bar.update(tasks[what], completed=done, total=total, visible=done < total)
 
         yield notify
+
+
+def weights_note(source: Source) -> list[str]:
+    """What to know of figures that come from a config.json alone; nothing of others."""
+    if has_weights(source):
+        return []
+    lacking = "" if (source.folder / "tokenizer.json").exists() else ", and no tokenizer is counted"
+    return [f"no weights here: bytes are those of the config's shapes in {source.dtype}{lacking}"]
 
 
 def plan_lines(plan: Plan, request: Request, best: Plan) -> list[str]:

@@ -27,27 +27,44 @@ class StaticCache:
     def __init__(self, cache: KVCache, limit: int) -> None:
         self.cache, self.limit = cache, limit
         self.positions = torch.zeros(1, dtype=torch.int64, device=cache.device)
-        self.masks: dict[int, torch.Tensor] = {}
+        self.masks: dict[tuple[int, int | None], torch.Tensor] = {}
         # A masked slot still enters a product, with weight zero: what was never written must not be a NaN.
-        for pair in cache.layers.values():
-            for held in pair:
-                held[:, cache.start :].zero_()
+        for i, (k, v) in cache.layers.items():
+            chunk = cache.model.layers[i].attention.chunk
+            written = cache.start if chunk is None else cache.start % chunk
+            k[:, written:].zero_()
+            v[:, written:].zero_()
 
     def begin(self) -> None:
         """A new pass: what is visible has changed."""
         self.masks.clear()
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, window: int | None) -> Keys:
+    def append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, window: int | None, chunk: int | None = None
+    ) -> Keys:
         """k, v [1, kv_heads, head_dim] into the slot of the current position; every slot, masked."""
         ks, vs = self.cache.layers[layer]
-        slots = min(self.limit, ks.shape[1])
-        at = self.positions if window is None else self.positions % ks.shape[1]
+        period = ks.shape[1] if window is not None else chunk
+        at = self.positions if period is None else self.positions % period
         ks.index_copy_(1, at, k.transpose(0, 1).to(ks.dtype))
         vs.index_copy_(1, at, v.transpose(0, 1).to(vs.dtype))
-        if slots not in self.masks:
+        return self.keys(ks, vs, chunk if window is None else None)
+
+    def append_latent(self, layer: int, entry: torch.Tensor, rank: int) -> Keys:
+        """entry [1, rank + rotated] into the slot of the current position; every slot, masked."""
+        entries, values = self.cache.layers[layer]
+        entries.index_copy_(1, self.positions, entry[None].to(entries.dtype))
+        return self.keys(entries, values, None)
+
+    def keys(self, ks: torch.Tensor, vs: torch.Tensor, chunk: int | None) -> Keys:
+        """The slots of a layer and which of them count."""
+        slots = min(self.limit, ks.shape[1])
+        key = (slots, chunk)
+        if key not in self.masks:
             # In a ring that has wrapped every slot is visible, and every slot's number is below the position.
-            self.masks[slots] = (torch.arange(slots, device=ks.device) <= self.positions)[None]
-        return Keys(ks[:, :slots], vs[:, :slots], None, 0, self.masks[slots])
+            last = self.positions if chunk is None else self.positions % chunk
+            self.masks[key] = (torch.arange(slots, device=ks.device) <= last)[None]
+        return Keys(ks[:, :slots], vs[:, :slots], None, 0, self.masks[key])
 
 
 class StaticStep:

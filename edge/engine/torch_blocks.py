@@ -26,6 +26,8 @@ class Native(Protocol):
     All floats are float32; rows of x and of outputs are whole blocks, zeros beyond ``cols`` in x.
     """
 
+    def part(self, first: int, rows: int) -> Native: ...
+
     def multiply(self, x_ptr: int, t: int, x_stride: int, y_ptr: int) -> None: ...
 
     def dequantize(self, first: int, stop: int, out_ptr: int) -> None: ...
@@ -80,6 +82,14 @@ class Blocks:
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
+
+    def part(self, index: int, count: int) -> Blocks:
+        """Of a stack of ``count`` matrices kept as one, the matrix ``index``: the same memory."""
+        rows = self.rows // count
+        first = index * rows
+        native = None if self.native is None else self.native.part(first, rows)
+        codes, scales = (held[first : first + rows] for held in (self.codes, self.scales))
+        return Blocks(codes, scales, self.bits, rows, self.cols, native)
 
     @property
     def step(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -13,7 +12,9 @@ from edge.budget.price import TILE_BYTES
 from edge.engine.kv import Keys
 from edge.engine.native.blocks import Matrix, available
 from edge.engine.torch_blocks import Blocks
-from loaders.network.spec import Activation, Rope
+from edge.engine.torch_experts import Stack, grouped, route
+from loaders.network.rotary import amplitude, scaled
+from loaders.network.spec import Activation, Experts, Rope, Router, Temperature
 
 # A mask over keys is built for this many bytes of (query, key) pairs at a time.
 MASK_BYTES = 8 << 20
@@ -91,6 +92,13 @@ class TorchOps:
             self.tile = torch.empty(max(numel, TILE_BYTES // 4), device=self.device)
         return self.tile
 
+    def head_linear(self, x: torch.Tensor, weight: torch.Tensor | Blocks) -> torch.Tensor:
+        if isinstance(weight, Blocks):
+            heads = x.shape[1]
+            parts = [self.linear(x[:, i], weight.part(i, heads)) for i in range(heads)]
+            return torch.stack(parts, 1)
+        return torch.bmm(x.transpose(0, 1), weight.float().transpose(1, 2)).transpose(0, 1)
+
     def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.matmul(a, b)
 
@@ -101,6 +109,9 @@ class TorchOps:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self.constant(eps), length, length, value=1.0 / x.shape[-1]).rsqrt_()
         return x * scale if weight is None else x * scale * weight
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     def constant(self, value: float) -> torch.Tensor:
         """A scalar as a tensor, made once."""
@@ -114,6 +125,10 @@ class TorchOps:
     def rope(self, x: torch.Tensor, positions: torch.Tensor, rope: Rope) -> torch.Tensor:
         cos, sin = self.rotation(positions, rope)
         half = rope.dim // 2
+        if rope.interleaved:
+            a, b = x[..., 0 : rope.dim : 2], x[..., 1 : rope.dim : 2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+            return turned if rope.dim == x.shape[-1] else torch.cat((turned, x[..., rope.dim :]), -1)
         a, b = x[..., :half], x[..., half : rope.dim]
         parts = (a * cos - b * sin, b * cos + a * sin)
         return torch.cat(parts if rope.dim == x.shape[-1] else (*parts, x[..., rope.dim :]), -1)
@@ -125,11 +140,22 @@ class TorchOps:
             if rope not in self.frequencies:
                 self.frequencies[rope] = frequencies(rope).to(self.device)
             angles = positions.float()[:, None] * self.frequencies[rope]
-            self.rotations[key] = (angles.cos()[:, None], angles.sin()[:, None])
+            cos, sin, size = angles.cos()[:, None], angles.sin()[:, None], amplitude(rope)
+            self.rotations[key] = (cos, sin) if size == 1.0 else (cos * size, sin * size)
         return self.rotations[key]
 
+    def temperature(self, x: torch.Tensor, positions: torch.Tensor, temperature: Temperature) -> torch.Tensor:
+        steps = torch.floor((positions.float() + 1.0) / temperature.floor)
+        return x * (torch.log1p(steps) * temperature.scale + 1.0)[:, None, None]
+
     def attention(
-        self, q: torch.Tensor, kv: Keys, positions: torch.Tensor, scale: float, window: int | None
+        self,
+        q: torch.Tensor,
+        kv: Keys,
+        positions: torch.Tensor,
+        scale: float,
+        window: int | None,
+        chunk: int | None = None,
     ) -> torch.Tensor:
         tokens, heads, dim = q.shape
         grouped = q.view(tokens, kv.k.shape[0], heads // kv.k.shape[0], dim).to(kv.k.dtype)
@@ -139,13 +165,23 @@ class TorchOps:
         step = max(1, MASK_BYTES // (4 * kv.k.shape[1] * grouped.shape[2]))
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
-            seen = 0 if window is None else max(0, origin + start - window + 1 - kv.first)
+            seen = max(0, earliest(origin + start, window, chunk) - kv.first)
             last = origin + stop - kv.first
             mask = None
             if stop - start > 1:
-                mask = visible(origin + start, stop - start, kv.first + seen, last - seen, window, q.device)
+                mask = visible(origin + start, stop - start, kv.first + seen, last - seen, window, chunk, q.device)
             out.append(attend(grouped[start:stop], kv.k[:, seen:last], kv.v[:, seen:last], mask, scale))
         return out[0] if len(out) == 1 else torch.cat(out)
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, experts: int, active: int, router: Router
+    ) -> torch.Tensor:
+        return route(logits, bias, active, router)
+
+    def experts(
+        self, x: torch.Tensor, weights: torch.Tensor, gate: Stack, up: Stack, down: Stack, spec: Experts
+    ) -> torch.Tensor:
+        return grouped(self, x, weights, gate, up, down, spec)
 
     def activation(self, x: torch.Tensor, kind: Activation) -> torch.Tensor:
         return functional.silu(x) if kind == "silu" else functional.gelu(x, approximate="tanh")
@@ -179,34 +215,52 @@ def ops_for(device: torch.device) -> TorchOps:
     return TorchOps(device)
 
 
+def earliest(query: int, window: int | None, chunk: int | None) -> int:
+    """The first position that a query at ``query`` sees."""
+    if window is not None:
+        return max(0, query - window + 1)
+    return 0 if chunk is None else query // chunk * chunk
+
+
 def visible(
-    first_query: int, queries: int, first_key: int, keys: int, window: int | None, device: torch.device
+    first_query: int,
+    queries: int,
+    first_key: int,
+    keys: int,
+    window: int | None,
+    chunk: int | None,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Which keys [queries, keys] a query sees: none after it, and with a window only the nearest, itself included."""
+    """Which keys [queries, keys] a query sees: none after it; with a window only the nearest, itself included; with
+    chunks those of its own chunk.
+    """
     q = torch.arange(first_query, first_query + queries, device=device)[:, None]
     k = torch.arange(first_key, first_key + keys, device=device)[None, :]
-    return k <= q if window is None else (k <= q) & (k > q - window)
+    if window is not None:
+        return (k <= q) & (k > q - window)
+    return k <= q if chunk is None else (k <= q) & (k >= q // chunk * chunk)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """q [t, kv_heads, group, dim] over k, v [kv_heads, n, dim] -> float32 [t, kv_heads * group * dim].
+    """q [t, kv_heads, group, dim] over k [kv_heads, n, dim] and v -> float32 [t, kv_heads * group * value dim].
 
-    The heads of a group become further queries of their one key head, so keys are never repeated in memory.
+    The heads of a group become further queries of their one key head, so keys are never repeated in memory. Values
+    that are shorter than keys are the keys' own first ones (:class:`Keys`): torch has no fused form for two lengths
+    and would copy the cache, so whole keys are summed and the end of the sum is dropped.
     """
     tokens, kv_heads, group, dim = q.shape
+    values = v.shape[-1]
+    if values != dim:
+        v = k
     rows = q.permute(1, 2, 0, 3).reshape(1, kv_heads, group * tokens, dim)
     if mask is not None:
         mask = mask.expand(group, *mask.shape).reshape(group * tokens, -1)
     out = functional.scaled_dot_product_attention(rows, k[None], v[None], mask, scale=scale)
-    return out.view(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, -1).float()
+    out = out.view(kv_heads, group, tokens, dim)[..., :values]
+    return out.permute(2, 0, 1, 3).reshape(tokens, -1).float()
 
 
 def frequencies(rope: Rope) -> torch.Tensor:
-    """Angles per position, float32 [dim / 2]; long wavelengths are stretched, middle ones blended (Llama 3.1)."""
-    found = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
-    s = rope.scaling
-    if s is None:
-        return found
-    wavelength = 2 * math.pi / found
-    blend = ((s.original / wavelength - s.low) / (s.high - s.low)).clamp(0.0, 1.0)
-    return (1.0 - blend) * found / s.factor + blend * found
+    """Angles per position, float32 [dim / 2], from torch's own powers: far into a text their last bit can be seen."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+    return torch.from_numpy(scaled((1.0 / rope.theta**exponents).numpy(), rope))

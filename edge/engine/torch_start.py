@@ -42,7 +42,7 @@ def toy() -> Model:
     norms = ("attn_in", "attn_out", "ffn_in", "ffn_out")
 
     def layer(window: int | None, kv_from: int | None) -> Layer:
-        attention = Attention(4, 2, 32, 1.0, rope, window, True, True, kv_from)
+        attention = Attention(4, 2, 32, 1.0, rope, window, "head", True, kv_from)
         return Layer(attention, Gated(256, "gelu_tanh", 0.5), norms)
 
     layers = (layer(8, None), layer(None, None), layer(8, 0))

@@ -15,6 +15,7 @@ from loaders.checkpoint import bands
 from loaders.formats.quant import BITS
 from loaders.formats.recipe import Recipe
 from loaders.network.matformer import Part
+from loaders.network.tensors import flat
 
 DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 # numpy knows no bfloat16: storage is filled as plain bits of the same size.
@@ -63,7 +64,10 @@ def load_weights(
         ledger.take("weights", tensor.nbytes(recipe))
         arrays = [to_device(stream, device, arena) for stream in found[name]]
         stored = tensor.stored(recipe)
-        loaded[name] = quantized(arrays[0], arrays[1], BITS[stored], tensor.shape) if stored in BITS else arrays[0]
+        if stored in BITS:
+            loaded[name] = quantized(arrays[0], arrays[1], BITS[stored], flat(tensor.shape))
+        else:
+            loaded[name] = arrays[0].view(tensor.shape)
         done += tensor.nbytes(recipe)
         notify("loading", done, total)
     return loaded

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.checkpoint import RAW, Checkpoint, bands
-from loaders.formats.buffers import from_float32, to_float32
+from loaders.checkpoint import Checkpoint, bands
+from loaders.formats.buffers import from_float32
 from loaders.formats.pack import Pack
 from loaders.formats.quant import BITS, record_bytes, windows
 from loaders.formats.recipe import Recipe, stored_as, stored_bytes
@@ -69,15 +69,13 @@ def fill(checkpoint: Checkpoint, part: Part, dtype: str, out: np.ndarray) -> Non
 
     Without a change of type bytes go from the file straight into ``out``; otherwise through a small buffer.
     """
-    tensor = checkpoint.where[part.name]
-    if tensor.dtype == dtype:
-        checkpoint.shards.read_window(tensor, part.window, out)
+    placed = checkpoint.where[part.name]
+    if placed.exact == dtype:
+        placed.read(checkpoint.shards, part.window, out)
         return
     at = 0
     for window in bands(part.window, max(1, STAGING // 4 // max(1, part.window.count // part.window.shape[0]))):
-        raw = np.empty(window.shape, RAW[tensor.dtype])
-        checkpoint.shards.read_window(tensor, window, raw)
-        band = from_float32(to_float32(raw, tensor.dtype), dtype)
+        band = from_float32(placed.values(checkpoint.shards, window), dtype)
         out[at : at + band.shape[0]] = band.view(out.dtype)
         at += band.shape[0]
 
@@ -112,7 +110,9 @@ def table_stream(source: Source, part: Part) -> Stream:
 def table_place(source: Source, part: Part) -> tuple[Shards, Tensor, Window]:
     """Where the table's rows lie, and the columns that a slice reads of them."""
     if isinstance(source, Checkpoint):
-        return source.shards, source.where[part.name], part.window
+        tensor = source.where[part.name].plain
+        assert tensor is not None
+        return source.shards, tensor, part.window
     shards, tensor = source.table()
     assert source.model.ple is not None
     assert source.ple_kind is not None

@@ -9,6 +9,7 @@ from typing import Any
 
 from loaders.errors import Unsupported
 from loaders.formats.config import Config, short
+from loaders.layout import Names
 from loaders.network.matformer import Slice
 from loaders.network.spec import Model
 
@@ -30,21 +31,35 @@ def no_slices(model: Model) -> tuple[NamedSlice, ...]:
 class Family:
     """What a family file provides.
 
-    ``names``: canonical name -> name in the file, without its prefix; ``{}`` stands for the layer. ``ignore``:
-    patterns of tensors that are not read, and why. ``text_only``: patterns of the parts a text model never opens.
+    ``names``: canonical name -> name in the file, without its prefix, or its Place there; ``{}`` stands for the layer.
+    ``ignore``: patterns of tensors that are not read, and why; ``{past}`` is the number of the layer past the last.
+    ``text_only``: patterns of the parts a text model never opens.
     """
 
     title: str
     model_types: tuple[str, ...]
     parse: Callable[[Config], Model]
-    names: Mapping[str, str]
+    names: Names
     ignore: Mapping[str, str]
     text_only: Sequence[str] = ()
     slices: Callable[[Model], tuple[NamedSlice, ...]] = no_slices
     sliced_config: Callable[[dict[str, Any], Model, Slice], dict[str, Any]] | None = None
 
 
-FILES = {"llama": "llama", "qwen3": "qwen3", "gemma3n": "gemma3n", "gemma3n_text": "gemma3n"}
+FILES = {
+    "llama": "llama",
+    "qwen3": "qwen3",
+    "gemma3n": "gemma3n",
+    "gemma3n_text": "gemma3n",
+    "deepseek_v3": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+    "qwen3_moe": "qwen3_moe",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "mistral": "mistral",
+    "mistral3": "mistral",
+    "gpt2": "gpt2",
+}
 
 
 def family_of(model_type: object, file: str) -> Family:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from loaders.errors import BadCheckpoint
 from loaders.formats.config import Config
-from loaders.network.spec import Llama3Scaling, Rope
 
 # Keys that say nothing about what the network computes at inference.
 IRRELEVANT = (
@@ -40,18 +39,20 @@ QK_NORM_NAMES = {
 OLD_BUFFERS = {"*.rotary_emb.inv_freq": "a buffer that follows from the config"}
 
 
-def common(config: Config) -> None:
-    """Marks the keys no family needs, and refuses a checkpoint whose weights are already quantized."""
+def common(config: Config, quantized: bool = False) -> None:
+    """Marks the keys no family needs, and refuses weights that are already quantized, unless the family reads such."""
     config.ignore(*IRRELEVANT)
-    config.expect("quantization_config")
+    if not quantized:
+        config.expect("quantization_config")
     config.expect("attention_bias", False)
     config.expect("tie_encoder_decoder", False)
 
 
-def heads(config: Config) -> tuple[int, int]:
-    """(query heads, key-value heads); the second must divide the first."""
+def heads(config: Config, default: int | None = None) -> tuple[int, int]:
+    """(query heads, key-value heads); the second must divide the first. Absent, ``default`` holds; null: as many."""
     q = config.int("num_attention_heads", high=1 << 16)
-    kv = config.int("num_key_value_heads", default=q, high=1 << 16)
+    absent = q if default is None or "num_key_value_heads" in config.data else default
+    kv = config.int("num_key_value_heads", default=absent, high=1 << 16)
     if q % kv:
         raise BadCheckpoint(
             kv, file=config.file, field="num_key_value_heads", expected=f"a divisor of num_attention_heads={q}"
@@ -69,47 +70,6 @@ def head_dim(config: Config, dim: int, q: int, default: int | None = None) -> in
     if size % 2:
         raise BadCheckpoint(size, file=config.file, field="head_dim", expected="an even number")
     return size
-
-
-def rope(config: Config, dim: int, context: int, theta: float = 10_000.0) -> Rope:
-    """Rotary positions in the new spelling (rope_parameters) or the old (rope_theta and rope_scaling)."""
-    return agreed(
-        config, config.sub("rope_parameters", default=None), "rope_theta", "rope_scaling", dim, context, theta
-    )
-
-
-def agreed(
-    config: Config, new: Config | None, base: str, scaling: str | None, dim: int, context: int, theta: float
-) -> Rope:
-    """One rotation from both spellings. Files may carry the old one beside the new; the two must then agree."""
-    outer = config.float(base, default=None, low=0.0)
-    old = config.sub(scaling, default=None) if scaling is not None else None
-    theta = theta if outer is None else outer
-    if new is None:
-        return Rope(theta, dim) if old is None else rope_of(old, dim, context, theta)
-    found = rope_of(new, dim, context, theta)
-    if outer is not None and found.theta != outer:
-        raise BadCheckpoint(
-            outer, file=config.file, field=config.field(base), expected=f"{found.theta} as in rope_parameters"
-        )
-    if old is not None and rope_of(old, dim, context, found.theta) != found:
-        raise BadCheckpoint("other than rope_parameters", file=config.file, field=config.field(str(scaling)))
-    return found
-
-
-def rope_of(sub: Config, dim: int, context: int, theta: float) -> Rope:
-    """One set of rope parameters; ``theta`` is what holds when it names none."""
-    theta = sub.float("rope_theta", default=theta, low=0.0)
-    sub.expect("partial_rotary_factor", 1.0, 1)
-    kind = sub.str("rope_type", "type", default="default", choices=("default", "llama3"))
-    if kind == "default":
-        return Rope(theta, dim)
-    low, high = sub.float("low_freq_factor", low=0.0), sub.float("high_freq_factor", low=0.0)
-    if high <= low:
-        expected = f"more than low_freq_factor={low}"
-        raise BadCheckpoint(high, file=sub.file, field=sub.field("high_freq_factor"), expected=expected)
-    original = sub.int("original_max_position_embeddings", default=context)
-    return Rope(theta, dim, Llama3Scaling(sub.float("factor", low=0.0), low, high, original))
 
 
 def count(config: Config) -> int:

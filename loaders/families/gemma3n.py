@@ -10,7 +10,6 @@ from loaders.families import Family
 from loaders.families.common import (
     ATTENTION_NAMES,
     QK_NORM_NAMES,
-    agreed,
     common,
     context,
     count,
@@ -20,6 +19,7 @@ from loaders.families.common import (
     vocab,
 )
 from loaders.families.gemma3n_slices import nested, slices
+from loaders.families.rope import agreed
 from loaders.formats.config import Config
 from loaders.network.matformer import Slice
 from loaders.network.spec import PLE, AltUp, Attention, Gated, Laurel, Layer, Model, Norm, Rope
@@ -135,7 +135,7 @@ def parse_layers(text: Config) -> tuple[Layer, ...]:
             scale=1.0,
             rope=rotations[kinds[i]],
             window=window if kinds[i] == SLIDING else None,
-            qk_norm=True,
+            qk_norm="head",
             v_norm=True,
             kv_from=sources[i],
         )
@@ -209,7 +209,7 @@ def sliced_config(raw: dict[str, Any], model: Model, part: Slice) -> dict[str, A
         num_hidden_layers=len(layers),
         intermediate_size=list(part.widths),
         layer_types=[FULL if layer.attention.window is None else SLIDING for layer in layers],
-        activation_sparsity_pattern=[layer.ffn.sparsity for layer in layers],
+        activation_sparsity_pattern=[layer.ffn.sparsity if isinstance(layer.ffn, Gated) else 0.0 for layer in layers],
         num_kv_shared_layers=sum(layer.attention.kv_from is not None for layer in layers),
     )
     return text

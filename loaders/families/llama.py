@@ -12,10 +12,10 @@ from loaders.families.common import (
     eps,
     head_dim,
     heads,
-    rope,
     size,
     vocab,
 )
+from loaders.families.rope import rope
 from loaders.formats.config import Config
 from loaders.network.spec import Attention, Gated, Layer, Model
 

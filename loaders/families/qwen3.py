@@ -15,10 +15,10 @@ from loaders.families.common import (
     eps,
     head_dim,
     heads,
-    rope,
     size,
     vocab,
 )
+from loaders.families.rope import rope
 from loaders.formats.config import Config
 from loaders.network.spec import Attention, Gated, Layer, Model
 
@@ -31,7 +31,7 @@ def parse(config: Config) -> Model:
     q, kv = heads(config)
     head = head_dim(config, dim, q, default=128)
     positions = context(config, 32768)
-    attention = Attention(q, kv, head, head**-0.5, rope(config, head, positions), qk_norm=True)
+    attention = Attention(q, kv, head, head**-0.5, rope(config, head, positions), qk_norm="head")
     ffn = Gated(size(config, "intermediate_size"), "silu")
     return Model(
         family="qwen3",

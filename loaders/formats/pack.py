@@ -27,7 +27,7 @@ from loaders.formats.quant import BITS, block_count, code_bytes, record_bytes
 from loaders.formats.recipe import Recipe, recipes, stored_as, stored_bytes
 from loaders.formats.safetensors import Shards, Tensor, Window
 from loaders.network.spec import Model
-from loaders.network.tensors import PLE_TABLE, tensors
+from loaders.network.tensors import PLE_TABLE, flat, tensors
 
 WEIGHTS = "weights.safetensors"
 VOCAB = "vocab.bin"
@@ -72,7 +72,7 @@ def stored_tensors(model: Model, part: str, ple: str) -> dict[str, tuple[str, tu
     table = tensors(model)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, stored in contents(model, part).items():
-        shape = table[name]
+        shape = flat(table[name])
         if name == PLE_TABLE:
             assert model.ple is not None
             found[name] = ("U8", (shape[0], len(model.layers) * record_bytes(model.ple.dim, ple)))

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from loaders.formats.quant import BITS, BLOCK, quantized_bytes
 from loaders.formats.safetensors import ITEMSIZE
+from loaders.network.tensors import flat
 
 PLAIN = {"float32": "F32", "bf16": "BF16"}
 PRECISIONS = (*PLAIN, *BITS)
 # Small and sensitive: they steer how streams are mixed or where tokens are sent, and weigh nothing.
-STEERING = ("altup.router", "altup.predict", "altup.correct")
+STEERING = ("altup.router", "altup.predict", "altup.correct", "experts.router")
 # Few bytes that every token passes through: int8 even where the core is int4.
-CAREFUL = ("ple.gate", "ple.proj")
+CAREFUL = ("ple.gate", "ple.proj", "attn.k_b", "attn.v_b", "positions")
 EMBEDDINGS = ("embed", "head")
 
 
@@ -53,7 +54,7 @@ def stored_as(name: str, shape: tuple[int, ...], recipe: Recipe) -> str:
         return "F32"
     if recipe.precision in PLAIN:
         return PLAIN[recipe.precision]
-    if len(shape) != 2 or shape[1] < BLOCK:
+    if shape[-1] < BLOCK:
         return "BF16"
     if name in EMBEDDINGS:
         return recipe.head
@@ -63,4 +64,4 @@ def stored_as(name: str, shape: tuple[int, ...], recipe: Recipe) -> str:
 
 def stored_bytes(shape: tuple[int, ...], stored: str) -> int:
     """Bytes of a tensor of ``shape`` in a format of :func:`stored_as`."""
-    return quantized_bytes(shape, stored) if stored in BITS else math.prod(shape) * ITEMSIZE[stored]
+    return quantized_bytes(flat(shape), stored) if stored in BITS else math.prod(shape) * ITEMSIZE[stored]

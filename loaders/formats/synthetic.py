@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.checkpoint import FLOATS, file_name
+from loaders.checkpoint import FLOATS
 from loaders.errors import Usage
 from loaders.families import Family, family_of
 from loaders.formats.atomic import fresh_folder
 from loaders.formats.buffers import from_float32
 from loaders.formats.config import Config, read_json
 from loaders.formats.sharded import Notify, by_count, by_size, sizes_of, stored_name, write_tensors
+from loaders.layout import Filed, files
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, Shape, tensors
 
@@ -63,18 +64,18 @@ def write_random(
     if seed < 0 or (shard_bytes is not None and (shard_bytes < 1 or shards is not None)):
         raise Usage("a negative seed, shards of no bytes, or both size and number of shards")
     raw, family, model = read_model(Path(config))
-    canonical = {stored_name(file_name(family, name)): name for name in tensors(model)}
     shapes = tensors(model)
-    specs = {stored: (dtype, shapes[name]) for stored, name in canonical.items()}
+    filed = {stored_name(name): found for name, found in files(family.names, model).items()}
+    specs = {stored: (dtype, found.shape) for stored, found in filed.items()}
     sizes = sizes_of(specs)
     groups = by_count(sizes, shards or 1) if shard_bytes is None else by_size(sizes, shard_bytes)
     needed = sum(sizes.values()) + SLACK
     with fresh_folder(folder, needed) as temporary, ThreadPoolExecutor(THREADS) as pool:
 
         def values(stored: str) -> Iterator[Raw]:
-            name = canonical[stored]
-            table = levels(*spread(model, name, shapes[name]), dtype)
-            return stream(pool, seed, name, math.prod(shapes[name]), table)
+            found = filed[stored]
+            table = levels(*spread(model, found, shapes[found.canonical]), dtype)
+            return stream(pool, seed, stored, math.prod(found.shape), table)
 
         written = write_tensors(temporary, specs, groups, values, notify)
         (temporary / "config.json").write_text(json.dumps(raw, indent=2))
@@ -92,10 +93,11 @@ def read_model(config: Path) -> tuple[dict[str, Any], Family, Model]:
     return raw, family, model
 
 
-def spread(model: Model, name: str, shape: Shape) -> tuple[float, float]:
+def spread(model: Model, filed: Filed, shape: Shape) -> tuple[float, float]:
     """(mean, standard deviation) that keep what flows between layers near one."""
+    name = filed.canonical
     if len(shape) == 1:
-        return 1.0, 0.1
+        return (0.0 if name.endswith("bias") else 1.0 - filed.offset), 0.1
     # A row of the table is the inputs of all layers side by side, and each is scaled by the root of its own width.
     width = model.ple.dim if name == PLE_TABLE and model.ple is not None else shape[-1]
     return 0.0, width**-0.5

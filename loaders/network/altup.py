@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from math import sqrt
 
-from loaders.network.blocks import attention, gated, keys_values, laurel, logits, ple_context, scoped
+from loaders.network.blocks import (
+    attention,
+    feed_forward,
+    keys_values,
+    laurel,
+    logits,
+    ple_context,
+    ple_injection,
+    scoped,
+)
 from loaders.network.ops import Cache, Ops, Value, Want, Weights
 from loaders.network.spec import Activation, AltUp, Model
 from loaders.network.tensors import head
@@ -43,7 +52,7 @@ def altup_decoder(
         attn = attention(op, a, lw, n, positions, kv[i if a.kv_from is None else a.kv_from], spec.eps)
         attn = op.norm(attn, lw("norm.attn_out"), spec.eps)
         y = (active + attn + laurel(op, lw, n, spec.eps)) * sqrt(0.5)
-        f = gated(op, layer.ffn, lw, op.norm(y, lw("norm.ffn_in"), spec.eps))
+        f = feed_forward(op, layer.ffn, lw, op.norm(y, lw("norm.ffn_in"), spec.eps))
         y = y + op.norm(f, lw("norm.ffn_out"), spec.eps)
         h = correct(op, altup, lw, h, active, y, spec.dim, spec.eps)
         row = op.reshape(op.slice(ple, 1, i, i + 1), (-1, width))
@@ -109,7 +118,6 @@ def inject(
     x = stream(op, h, altup.active, dim)
     if altup.scaled:
         x = x * w("altup.scale")
-    gate = op.activation(op.linear(x, w("ple.gate")), activation)
-    t = op.norm(op.linear(gate * row, w("ple.proj")), w("ple.norm"), eps)
+    t = ple_injection(op, w, x, row, activation, eps)
     rest = op.slice(h, 1, 1, altup.streams) + op.reshape(t, (-1, 1, dim))
     return op.concat([op.slice(h, 1, 0, 1), rest], 1)

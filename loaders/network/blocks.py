@@ -10,7 +10,17 @@ from math import sqrt
 from statistics import NormalDist
 
 from loaders.network.ops import Cache, Ops, Value, Weights
-from loaders.network.spec import Attention, Gated
+from loaders.network.spec import (
+    Activation,
+    AnyAttention,
+    Attention,
+    Experts,
+    FeedForward,
+    Gated,
+    LatentAttention,
+    Model,
+    Plain,
+)
 
 
 def scoped(w: Weights, prefix: str) -> Weights:
@@ -18,37 +28,112 @@ def scoped(w: Weights, prefix: str) -> Weights:
     return lambda name: w(prefix + name)
 
 
+def normed(op: Ops, spec: Model, w: Weights, name: str, x: Value) -> Value:
+    """The model's kind of norm over x [..., dim], by the name of its weight."""
+    if spec.layer_norm:
+        return op.layer_norm(x, w(name), w(f"{name}_bias"), spec.eps)
+    return op.norm(x, w(name), spec.eps)
+
+
+def projected(op: Ops, a: Attention, w: Weights, name: str, x: Value, heads: int, eps: float) -> Value:
+    """x [t, dim] -> queries or keys [t, heads, head_dim], normed where the model norms them."""
+    out = op.linear(x, w(f"attn.{name}"))
+    if a.bias:
+        out = out + w(f"attn.{name}_bias")
+    if a.qk_norm == "whole":
+        out = op.norm(out, w(f"attn.{name}_norm"), eps)
+    out = op.reshape(out, (-1, heads, a.head_dim))
+    if a.qk_norm == "head":
+        out = op.norm(out, w(f"attn.{name}_norm"), eps)
+    elif a.qk_norm == "unweighted":
+        # Published after the rotation, which does not change lengths.
+        out = op.norm(out, None, eps)
+    return out
+
+
 def keys_values(
-    op: Ops, a: Attention, w: Weights, x: Value, positions: Value, cache: Cache, layer: int, eps: float
+    op: Ops, a: AnyAttention, w: Weights, x: Value, positions: Value, cache: Cache, layer: int, eps: float
 ) -> Value:
     """Projects x [t, dim] to keys and values, appends them to the cache and returns the handle to attend over."""
-    k = op.reshape(op.linear(x, w("attn.k")), (-1, a.kv_heads, a.head_dim))
-    v = op.reshape(op.linear(x, w("attn.v")), (-1, a.kv_heads, a.head_dim))
-    if a.qk_norm:
-        k = op.norm(k, w("attn.k_norm"), eps)
+    if isinstance(a, LatentAttention):
+        return cache.append_latent(layer, latent(op, a, w, x, positions), a.kv_rank)
+    k = projected(op, a, w, "k", x, a.kv_heads, eps)
+    v = op.linear(x, w("attn.v"))
+    if a.bias:
+        v = v + w("attn.v_bias")
+    v = op.reshape(v, (-1, a.kv_heads, a.head_dim))
     if a.v_norm:
         v = op.norm(v, None, eps)
     if a.rope is not None:
         k = op.rope(k, positions, a.rope)
-    return cache.append(layer, k, v, a.window)
+    return cache.append(layer, k, v, a.window, a.chunk)
 
 
-def attention(op: Ops, a: Attention, w: Weights, x: Value, positions: Value, kv: Value, eps: float) -> Value:
+def attention(op: Ops, a: AnyAttention, w: Weights, x: Value, positions: Value, kv: Value, eps: float) -> Value:
     """Queries from x [t, dim] over a handle that :func:`keys_values` made, here or in an earlier layer -> [t, dim]."""
-    q = op.reshape(op.linear(x, w("attn.q")), (-1, a.heads, a.head_dim))
-    if a.qk_norm:
-        q = op.norm(q, w("attn.q_norm"), eps)
+    if isinstance(a, LatentAttention):
+        return latent_attention(op, a, w, x, positions, kv)
+    q = projected(op, a, w, "q", x, a.heads, eps)
     if a.rope is not None:
         q = op.rope(q, positions, a.rope)
-    return op.linear(op.attention(q, kv, positions, a.scale, a.window), w("attn.o"))
+    if a.temperature is not None:
+        q = op.temperature(q, positions, a.temperature)
+    out = op.linear(op.attention(q, kv, positions, a.scale, a.window, a.chunk), w("attn.o"))
+    return out + w("attn.o_bias") if a.bias else out
 
 
-def gated(op: Ops, f: Gated, w: Weights, x: Value) -> Value:
+def latent(op: Ops, a: LatentAttention, w: Weights, x: Value, positions: Value) -> Value:
+    """x [t, dim] -> cache entries [t, kv_rank + rope.dim]: the normed latent, then the rotated key of all heads."""
+    both = op.linear(x, w("attn.kv_a"))
+    c = op.norm(op.slice(both, 1, 0, a.kv_rank), w("attn.kv_norm"), a.eps)
+    k = op.reshape(op.slice(both, 1, a.kv_rank, a.entry), (-1, 1, a.rope.dim))
+    return op.concat((c, op.reshape(op.rope(k, positions, a.rope), (-1, a.rope.dim))), 1)
+
+
+def latent_attention(op: Ops, a: LatentAttention, w: Weights, x: Value, positions: Value, kv: Value) -> Value:
+    """Absorbed form: queries are taken to the latent space, so keys and values are never expanded (arXiv 2405.04434).
+
+    q k = q (K c) = (K^T q) c, and the sum of values V c is V times the sum of c.
+    """
+    if a.q_rank is None:
+        q = op.linear(x, w("attn.q"))
+    else:
+        q = op.linear(op.norm(op.linear(x, w("attn.q_a")), w("attn.q_a_norm"), a.eps), w("attn.q_b"))
+    q = op.reshape(q, (-1, a.heads, a.nope_dim + a.rope.dim))
+    absorbed = op.head_linear(op.slice(q, 2, 0, a.nope_dim), w("attn.k_b"))
+    rotated = op.rope(op.slice(q, 2, a.nope_dim, a.nope_dim + a.rope.dim), positions, a.rope)
+    seen = op.attention(op.concat((absorbed, rotated), 2), kv, positions, a.scale, None)
+    values = op.head_linear(op.reshape(seen, (-1, a.heads, a.kv_rank)), w("attn.v_b"))
+    return op.linear(op.reshape(values, (-1, a.heads * a.v_dim)), w("attn.o"))
+
+
+def feed_forward(op: Ops, f: FeedForward, w: Weights, x: Value) -> Value:
+    """x [t, dim] -> [t, dim], by whichever mechanism the layer has."""
+    if isinstance(f, Experts):
+        return experts(op, f, w, x)
+    return plain(op, f, w, x) if isinstance(f, Plain) else gated(op, f, w, x)
+
+
+def plain(op: Ops, f: Plain, w: Weights, x: Value) -> Value:
+    """Two matrices with biases, and an activation between them."""
+    hidden = op.activation(op.linear(x, w("ffn.up")) + w("ffn.up_bias"), f.activation)
+    return op.linear(hidden, w("ffn.down")) + w("ffn.down_bias")
+
+
+def experts(op: Ops, f: Experts, w: Weights, x: Value) -> Value:
+    """The experts that the router chooses for each token, and the shared one."""
+    scores = op.linear(x, w("experts.router"))
+    weights = op.route(scores, w("experts.bias") if f.router.bias else None, f.experts, f.active, f.router)
+    out = op.experts(x, weights, w("experts.gate"), w("experts.up"), w("experts.down"), f)
+    return out if f.shared is None else out + gated(op, f.shared, w, x, "shared")
+
+
+def gated(op: Ops, f: Gated, w: Weights, x: Value, scope: str = "ffn") -> Value:
     """Gated feed-forward. The Gaussian cut-off acts on the gate before its activation (Spark, as in Gemma 3n)."""
-    gate = op.linear(x, w("ffn.gate"))
+    gate = op.linear(x, w(f"{scope}.gate"))
     if f.sparsity > 0.0:
         gate = op.gaussian_topk(gate, NormalDist().inv_cdf(f.sparsity))
-    return op.linear(op.activation(gate, f.activation) * op.linear(x, w("ffn.up")), w("ffn.down"))
+    return op.linear(op.activation(gate, f.activation) * op.linear(x, w(f"{scope}.up")), w(f"{scope}.down"))
 
 
 def laurel(op: Ops, w: Weights, x: Value, eps: float) -> Value:
@@ -65,6 +150,12 @@ def ple_context(
     """
     context = op.reshape(op.linear(embedded, w("ple.proj")) * dim**-0.5, (-1, layers, width))
     return (op.norm(context, w("ple.norm"), eps) + rows * sqrt(width)) * sqrt(0.5)
+
+
+def ple_injection(op: Ops, w: Weights, x: Value, row: Value, activation: Activation, eps: float) -> Value:
+    """What a layer adds from its per-layer input ``row`` [t, width], gated by x [t, dim] -> [t, dim]."""
+    gate = op.activation(op.linear(x, w("ple.gate")), activation)
+    return op.norm(op.linear(gate * row, w("ple.proj")), w("ple.norm"), eps)
 
 
 def logits(op: Ops, head: Value, x: Value, softcap: float | None) -> Value:

@@ -12,7 +12,7 @@ from typing import Any
 
 from loaders.network import decoder_of
 from loaders.network.ops import Cache, Ops, Want, Weights
-from loaders.network.spec import Activation, Model, Rope
+from loaders.network.spec import Activation, Experts, Model, Rope, Router, Temperature
 from loaders.network.tensors import tensors
 
 Dim = int | str
@@ -94,6 +94,10 @@ class Recorder:
         check(x.shape[-1] == weight.shape[1], "linear", x.shape, weight.shape)
         return self.node("linear", (x, weight), (*x.shape[:-1], weight.shape[0]))
 
+    def head_linear(self, x: Recorded, weight: Recorded) -> Recorded:
+        check(x.shape[1:] == (weight.shape[0], weight.shape[2]), "head_linear", x.shape, weight.shape)
+        return self.node("head_linear", (x, weight), (x.shape[0], weight.shape[0], weight.shape[1]))
+
     def matmul(self, a: Recorded, b: Recorded) -> Recorded:
         check(a.shape[2] == b.shape[1] and a.shape[0] == b.shape[0], "matmul", a.shape, b.shape)
         return self.node("matmul", (a, b), (a.shape[0], a.shape[1], b.shape[2]))
@@ -102,6 +106,10 @@ class Recorder:
         check(weight is None or weight.shape == x.shape[-1:], "norm", x.shape, weight and weight.shape)
         return self.node("norm", (x,) if weight is None else (x, weight), x.shape, eps=eps)
 
+    def layer_norm(self, x: Recorded, weight: Recorded, bias: Recorded, eps: float) -> Recorded:
+        check(weight.shape == bias.shape == x.shape[-1:], "layer_norm", x.shape, weight.shape, bias.shape)
+        return self.node("layer_norm", (x, weight, bias), x.shape, eps=eps)
+
     def rms(self, x: Recorded, floor: float) -> Recorded:
         return self.node("rms", (x,), (*x.shape[:-1], 1), floor=floor)
 
@@ -109,9 +117,33 @@ class Recorder:
         check(x.shape[0] == positions.shape[0], "rope", x.shape, positions.shape)
         return self.node("rope", (x, positions), x.shape, rope=rope)
 
-    def attention(self, q: Recorded, kv: Recorded, positions: Recorded, scale: float, window: int | None) -> Recorded:
-        shape = (q.shape[0], int(q.shape[1]) * int(q.shape[2]))
-        return self.node("attention", (q, kv, positions), shape, scale=scale, window=window)
+    def temperature(self, x: Recorded, positions: Recorded, temperature: Temperature) -> Recorded:
+        return self.node("temperature", (x, positions), x.shape, temperature=temperature)
+
+    def attention(
+        self,
+        q: Recorded,
+        kv: Recorded,
+        positions: Recorded,
+        scale: float,
+        window: int | None,
+        chunk: int | None = None,
+    ) -> Recorded:
+        # A handle's shape ends with the size of its values, which need not be that of its keys.
+        shape = (q.shape[0], int(q.shape[1]) * int(kv.shape[-1]))
+        return self.node("attention", (q, kv, positions), shape, scale=scale, window=window, chunk=chunk)
+
+    def route(self, logits: Recorded, bias: Recorded | None, experts: int, active: int, router: Router) -> Recorded:
+        check(logits.shape[-1] == experts, "route", logits.shape)
+        inputs = (logits,) if bias is None else (logits, bias)
+        return self.node("route", inputs, logits.shape, experts=experts, active=active, router=router)
+
+    def experts(
+        self, x: Recorded, weights: Recorded, gate: Recorded, up: Recorded, down: Recorded, spec: Experts
+    ) -> Recorded:
+        wide, narrow = (spec.experts, spec.width, x.shape[1]), (spec.experts, x.shape[1], spec.width)
+        check((gate.shape, up.shape, down.shape) == (wide, wide, narrow), "experts", gate.shape, up.shape, down.shape)
+        return self.node("experts", (x, weights, gate, up, down), x.shape, spec=spec)
 
     def activation(self, x: Recorded, kind: Activation) -> Recorded:
         return self.node("activation", (x,), x.shape, kind=kind)
@@ -136,8 +168,11 @@ class Recorder:
     def last(self, x: Recorded) -> Recorded:
         return self.node("last", (x,), (1, *x.shape[1:]))
 
-    def append(self, layer: int, k: Recorded, v: Recorded, window: int | None) -> Recorded:
-        return self.node("append", (k, v), ("kv", *k.shape[1:]), layer=layer, window=window)
+    def append(self, layer: int, k: Recorded, v: Recorded, window: int | None, chunk: int | None = None) -> Recorded:
+        return self.node("append", (k, v), ("kv", *v.shape[1:]), layer=layer, window=window, chunk=chunk)
+
+    def append_latent(self, layer: int, entry: Recorded, rank: int) -> Recorded:
+        return self.node("append_latent", (entry,), ("kv", 1, rank), layer=layer, rank=rank)
 
 
 def record(model: Model, *, want: Want = "last") -> Graph:
@@ -174,11 +209,13 @@ def replay(graph: Graph, op: Ops, w: Weights, inputs: dict[str, Any], cache: Cac
             result = arithmetic[node.op](*args)
         elif node.op == "append":
             k, v = args
-            result = cache.append(node.attrs["layer"], k, v, node.attrs["window"])
+            result = cache.append(node.attrs["layer"], k, v, node.attrs["window"], node.attrs["chunk"])
+        elif node.op == "append_latent":
+            result = cache.append_latent(node.attrs["layer"], args[0], node.attrs["rank"])
         elif node.op == "concat":
             result = op.concat(args, **node.attrs)
-        elif node.op == "norm" and len(args) == 1:
-            result = op.norm(args[0], None, **node.attrs)
+        elif node.op in ("norm", "route") and len(args) == 1:
+            result = getattr(op, node.op)(args[0], None, **node.attrs)
         else:
             result = getattr(op, node.op)(*args, **node.attrs)
         values[node.output] = result

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from loaders.errors import Usage
 from loaders.formats.safetensors import Window
-from loaders.network.spec import Layer, Model
-from loaders.network.tensors import PLE_TABLE, Shape, tensors
+from loaders.network.spec import Attention, Model
+from loaders.network.tensors import PLE_TABLE, Shape, flat, tensors
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ def sliced(model: Model, part: Slice) -> Model:
     layers = []
     for source, width in zip(part.keep, part.widths, strict=True):
         layer = model.layers[source]
-        kv_from = layer.attention.kv_from
-        attention = layer.attention if kv_from is None else replace(layer.attention, kv_from=place[kv_from])
-        layers.append(Layer(attention, replace(layer.ffn, width=width), layer.norms))
+        attention = layer.attention
+        if isinstance(attention, Attention) and attention.kv_from is not None:
+            attention = replace(attention, kv_from=place[attention.kv_from])
+        layers.append(replace(layer, attention=attention, ffn=replace(layer.ffn, width=width)))
     return replace(model, layers=tuple(layers))
 
 
@@ -104,5 +105,5 @@ def _part(model: Model, part: Slice, name: str, shape: Shape, whole: dict[str, S
         everything = ((0, target[0 if name == PLE_TABLE else 1]),)
         return Part(source, Window.of(everything, blocks) if name == PLE_TABLE else Window.of(blocks, everything))
     if shape == target:
-        return Part(source, Window.full(target))
+        return Part(source, Window.full(flat(target)))
     return Part(source, Window.of(((0, shape[0]),), ((0, shape[1]),)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from loaders.network.spec import Activation, Rope
+from loaders.network.spec import Activation, Experts, Rope, Router, Temperature
 
 Value = Any
 Weights = Callable[[str], Value]
@@ -27,11 +27,17 @@ class Ops(Protocol):
     def linear(self, x: Value, weight: Value) -> Value:
         """x [..., in] times weight [out, in] transposed -> [..., out]."""
 
+    def head_linear(self, x: Value, weight: Value) -> Value:
+        """x [t, heads, in], each head times its own matrix of weight [heads, out, in] -> [t, heads, out]."""
+
     def matmul(self, a: Value, b: Value) -> Value:
         """[t, n, k] times [t, k, m] -> [t, n, m]."""
 
     def norm(self, x: Value, weight: Value | None, eps: float) -> Value:
         """Root-mean-square norm over the last axis, in float32; the weight multiplies as it is, not as 1 + w."""
+
+    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
+        """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, in float32."""
 
     def rms(self, x: Value, floor: float) -> Value:
         """sqrt(max(mean(x^2), floor)) over the last axis, in float32 -> [..., 1]."""
@@ -39,8 +45,19 @@ class Ops(Protocol):
     def rope(self, x: Value, positions: Value, rope: Rope) -> Value:
         """Rotates the heads of x [t, heads, head_dim] to their positions [t]."""
 
-    def attention(self, q: Value, kv: Value, positions: Value, scale: float, window: int | None) -> Value:
-        """q [t, heads, head_dim] over what ``Cache.append`` returned -> [t, heads * head_dim]; softmax in float32."""
+    def temperature(self, x: Value, positions: Value, temperature: Temperature) -> Value:
+        """Queries x [t, heads, head_dim] times what their positions [t] call for."""
+
+    def attention(
+        self, q: Value, kv: Value, positions: Value, scale: float, window: int | None, chunk: int | None = None
+    ) -> Value:
+        """q [t, heads, head_dim] over what the cache returned -> [t, heads * value dim]; softmax in float32."""
+
+    def route(self, logits: Value, bias: Value | None, experts: int, active: int, router: Router) -> Value:
+        """Router logits [t, experts] -> weights [t, experts]: of ``active`` experts what they count, 0 elsewhere."""
+
+    def experts(self, x: Value, weights: Value, gate: Value, up: Value, down: Value, spec: Experts) -> Value:
+        """x [t, dim] through the experts with a weight, summed -> [t, dim]; matrices are stacks [experts, out, in]."""
 
     def activation(self, x: Value, kind: Activation) -> Value:
         """Element-wise silu, or gelu by its tanh approximation."""
@@ -71,9 +88,12 @@ class Cache(Protocol):
     def positions(self) -> Value:
         """Absolute positions [t] of the tokens of this forward pass."""
 
-    def append(self, layer: int, k: Value, v: Value, window: int | None) -> Value:
+    def append(self, layer: int, k: Value, v: Value, window: int | None, chunk: int | None = None) -> Value:
         """Adds k, v [t, kv_heads, head_dim] and returns a handle on all keys and values this pass may see.
 
         The handle stays valid for the whole pass, also for later layers that share it: on a sliding layer it holds
         the keys from before the window was trimmed.
         """
+
+    def append_latent(self, layer: int, entry: Value, rank: int) -> Value:
+        """Adds entry [t, rank + rotated]: one key head for all queries, whose first ``rank`` values are also values."""

@@ -26,18 +26,64 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Stretching that blends by how often a wavelength fits in the original context (arXiv 2309.00071).
+
+    ``attention`` multiplies cosine and sine. ``slow`` and ``fast`` are the turns between which the blend lies.
+    """
+
+    factor: float
+    original: int
+    attention: float
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Every wavelength stretched by the same factor: positions divided by it (Gemma 3)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """Only the fastest ``angles`` of a head's dim / 2 angles turn; exponents count the whole head (Gemma 4)."""
+
+    angles: int
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary positions over the first ``dim`` values of a head, half-split layout (RoFormer, NeoX order)."""
+    """Rotary positions over the first ``dim`` values of a head (RoFormer).
+
+    Pairs are i and i + dim / 2 (NeoX order), or 2i and 2i + 1 where ``interleaved``.
+    """
 
     theta: float
     dim: int
-    scaling: Llama3Scaling | None = None
+    scaling: Llama3Scaling | Yarn | Linear | Proportional | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position p: times 1 + scale * ln(1 + floor((p + 1) / floor)) (arXiv 2501.19399)."""
+
+    scale: float
+    floor: int
+
+
+# What is normed before rotation: each head with a weight, the whole projection with one, or each head without any.
+QKNorm = Literal["head", "whole", "unweighted"]
 
 
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention. ``window`` counts the keys a query sees, itself included; None sees all.
 
+    ``chunk`` cuts the sequence into pieces of that many tokens; a query sees the keys of its own piece alone.
     ``kv_from`` names the layer whose keys and values are read; such a layer projects and caches none of its own.
     """
 
@@ -47,9 +93,68 @@ class Attention:
     scale: float
     rope: Rope | None
     window: int | None = None
-    qk_norm: bool = False
+    qk_norm: QKNorm | None = None
     v_norm: bool = False
     kv_from: int | None = None
+    chunk: int | None = None
+    temperature: Temperature | None = None
+    bias: bool = False
+
+    @property
+    def cached(self) -> int:
+        """Values kept per token: keys and values, or none where another layer's are read."""
+        return 0 if self.kv_from is not None else 2 * self.kv_heads * self.head_dim
+
+    @property
+    def span(self) -> int | None:
+        """Tokens after which a cache stops growing; None: never."""
+        return self.window if self.window is not None else self.chunk
+
+    @property
+    def inner(self) -> int:
+        """Values per token between the projections: queries, keys, values, all of them."""
+        return self.head_dim * (self.heads + (2 * self.kv_heads if self.kv_from is None else 0))
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention over one compressed vector per token (MLA, arXiv 2405.04434).
+
+    A token's cache entry is ``kv_rank`` latent values and one rotated key of ``rope.dim`` values, for all heads.
+    A head's query has ``nope_dim`` values that meet the latent and ``rope.dim`` that meet the key. ``q_rank`` None:
+    queries are projected directly. ``eps`` is that of the latents' norms.
+    """
+
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    v_dim: int
+    scale: float
+    rope: Rope
+    eps: float = 1e-6
+
+    @property
+    def window(self) -> None:
+        """Sees everything."""
+        return None
+
+    chunk = span = kv_from = window
+
+    @property
+    def entry(self) -> int:
+        """Values of a token's cache entry."""
+        return self.kv_rank + self.rope.dim
+
+    cached = entry
+
+    @property
+    def inner(self) -> int:
+        """Values per token between the projections, absorbed queries among them."""
+        return self.entry + self.heads * (self.nope_dim + self.rope.dim + self.entry + self.kv_rank + self.v_dim)
+
+
+AnyAttention = Attention | LatentAttention
 
 
 @dataclass(frozen=True)
@@ -61,16 +166,61 @@ class Gated:
     sparsity: float = 0.0
 
 
+@dataclass(frozen=True)
+class Plain:
+    """down(act(up(x) + bias)) + bias: the feed-forward without a gate (GPT-2)."""
+
+    width: int
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class Router:
+    """How tokens choose experts. ``score`` turns logits to weights, over all experts or each alone.
+
+    ``normalized``: the chosen weights are divided by their sum, then multiplied by ``scale``. ``bias``: a learned
+    correction decides who is chosen, not with what weight. ``groups``: only the best ``active_groups`` groups are
+    chosen from, each judged by its two best experts. ``on_input``: weights multiply what experts read, not what they
+    write.
+    """
+
+    score: Literal["softmax", "sigmoid"]
+    normalized: bool = False
+    scale: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    active_groups: int = 1
+    on_input: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture: each token runs through ``active`` of ``experts`` gated feed-forwards, and through ``shared``."""
+
+    experts: int
+    active: int
+    width: int
+    activation: Activation
+    router: Router
+    shared: Gated | None = None
+
+
+FeedForward = Gated | Plain | Experts
+
 Norm = Literal["attn_in", "attn_out", "ffn_in", "ffn_out"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer; ``norms`` are the places where the residual stream or a branch is normalised."""
+    """One layer; ``norms`` are the places where the residual stream or a branch is normalised.
 
-    attention: Attention
-    ffn: Gated
+    ``scalar``: what leaves the layer is multiplied by one learned number.
+    """
+
+    attention: AnyAttention
+    ffn: FeedForward
     norms: tuple[Norm, ...] = ("attn_in", "ffn_in")
+    scalar: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +257,11 @@ class Nested:
 
 @dataclass(frozen=True)
 class Model:
-    """A whole decoder. ``embed_scale`` multiplies embeddings on the way in, never in the (possibly tied) head."""
+    """A whole decoder. ``embed_scale`` multiplies embeddings on the way in, never in the (possibly tied) head.
+
+    ``positions``: rows of a learned table that is added to the embeddings; ``layer_norm``: norms subtract the mean and
+    add a bias, instead of dividing by the root mean square alone.
+    """
 
     family: str
     vocab: int
@@ -122,6 +276,8 @@ class Model:
     altup: AltUp | None = None
     laurel: Laurel | None = None
     nested: Nested | None = None
+    positions: int | None = None
+    layer_norm: bool = False
 
     @cached_property
     def last_writer(self) -> int:

@@ -53,6 +53,8 @@ struct job {
     int64_t x_stride, t;
     float *y;
     const int64_t *ids;
+    const int64_t *starts; /* with `each`: see multiply_parts */
+    int64_t each;
     int64_t start, stop, chunk, next;
 };
 
@@ -225,6 +227,34 @@ API void edge_multiply(const struct matrix *m, const float *x, int64_t t, int64_
     job.y = y;
     job.stop = m->rows;
     run(&job, m->cols * m->bits / 8 + 1);
+}
+
+/* Rows [first, stop) of the parts `ids`, `each` rows a part, as if they lay one after another. */
+static void multiply_parts(const struct job *job, int64_t first, int64_t stop) {
+    for (int64_t at = first, end; at < stop; at = end) {
+        const int64_t k = at / job->each, row = at % job->each, t = job->starts[k + 1] - job->starts[k];
+        struct matrix part = *job->matrix;
+        end = (k + 1) * job->each < stop ? (k + 1) * job->each : stop;
+        part.codes += job->ids[k] * job->each * part.code_stride;
+        if (part.bits != 16) part.scales += job->ids[k] * job->each * part.scale_stride;
+        part.rows = job->each;
+        struct job one = {.matrix = &part, .x = job->x + job->starts[k] * job->x_stride, .x_stride = job->x_stride, .t = t};
+        one.y = job->y + job->starts[k] * job->each;
+        (fast ? multiply_avx2 : multiply_any)(&one, row, row + end - at);
+    }
+}
+
+/* -1, or the place of a part that is not there or of vectors that are not in order; then nothing is written. */
+API int64_t edge_multiply_parts(const struct matrix *m, int64_t each, const int64_t *ids, const int64_t *starts,
+                                int64_t n, const float *x, int64_t x_stride, float *y) {
+    for (int64_t k = 0; k < n; k++)
+        if (ids[k] < 0 || ids[k] >= m->rows / each || starts[k] < 0 || starts[k + 1] < starts[k]) return k;
+    struct job job = {.matrix = m, .work = multiply_parts, .x = x, .x_stride = x_stride, .y = y, .ids = ids};
+    job.starts = starts;
+    job.each = each;
+    job.stop = n * each;
+    run(&job, m->cols * m->bits / 8 + 1);
+    return -1;
 }
 
 API void edge_dequantize(const struct matrix *m, int64_t first, int64_t stop, float *out) {

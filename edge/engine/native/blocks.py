@@ -69,6 +69,8 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.edge_path.argtypes, lib.edge_path.restype = (ctypes.c_int,), ctypes.c_int
     lib.edge_pool.argtypes, lib.edge_pool.restype = (address, ctypes.c_uint), None
     lib.edge_multiply.argtypes, lib.edge_multiply.restype = (address, address, number, number, address), None
+    lib.edge_multiply_parts.argtypes = (address, number, address, address, number, address, number, address)
+    lib.edge_multiply_parts.restype = number
     lib.edge_dequantize.argtypes, lib.edge_dequantize.restype = (address, number, number, address), None
     lib.edge_gather.argtypes, lib.edge_gather.restype = (address, address, number, address), number
     lib.edge_path(1)
@@ -156,7 +158,7 @@ class Matrix:
     of the block is whatever the matrix holds.
     """
 
-    __slots__ = ("_address", "_keep", "_multiply", "_struct", "bits", "cols", "rows", "width")
+    __slots__ = ("_address", "_keep", "_multiply", "_parts", "_struct", "bits", "cols", "rows", "width")
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class Matrix:
         _check("codes", codes_ptr, rows, code_stride, self.width * bits // 8, code_bytes, bits // 8 or 1)
         if bits != 16:
             _check("scales", scales_ptr, rows, index(scale_stride) * 2, blocks * 2, scale_bytes, 2)
-        self._multiply = _lib().edge_multiply
+        self._multiply, self._parts = _lib().edge_multiply, _lib().edge_multiply_parts
         self._struct = _Struct(codes_ptr, scales_ptr or None, rows, self.width, code_stride, scale_stride, bits)
         self._address = ctypes.addressof(self._struct)
         self._keep = keep
@@ -206,6 +208,17 @@ class Matrix:
             keep=(codes, scales),
         )
 
+    def part(self, first: int, rows: int) -> Matrix:
+        """Some consecutive rows, as a matrix of their own: the same memory. Raises Usage for rows that are not there."""
+        if not (first >= 0 and 0 < rows <= self.rows - first):
+            raise Usage(f"{first}:{first + rows}", field="rows", expected=f"within 0:{self.rows}")
+        whole = self._struct
+        codes, scales = whole.code_stride, 2 * whole.scale_stride
+        return Matrix(
+            *(whole.codes + first * codes, (whole.scales or 0) + first * scales, self.bits, rows, self.cols),
+            *(codes, whole.scale_stride, rows * codes, rows * scales, self._keep),
+        )
+
     def multiply(self, x_ptr: int, t: int, x_stride: int, y_ptr: int) -> None:
         """y [t, rows] = x [t, width] W^T, float32; row k of x begins at ``x_stride`` * k elements. Raises Usage.
 
@@ -215,6 +228,25 @@ class Matrix:
         if not 1 <= t <= MOST_VECTORS or (t > 1 and not self.width <= x_stride <= MOST_BYTES) or not (x_ptr and y_ptr):
             raise Usage(f"{t} vectors {x_stride} apart", field="multiply", expected=f"vectors of {self.width} floats")
         self._multiply(self._address, x_ptr, t, x_stride, y_ptr)
+
+    def multiply_parts(
+        self, count: int, parts_ptr: int, starts_ptr: int, n: int, x_ptr: int, x_stride: int, y_ptr: int
+    ) -> None:
+        """Of ``count`` matrices kept as this one, those of int64 parts [n], each times some rows of x.
+
+        Rows starts[k] up to starts[k + 1] (int64 [n + 1], ascending) of x meet part parts[k]: y [starts[n], rows / count].
+        Otherwise as ``multiply``; all parts are one piece of work for the threads. Raises Usage.
+        """
+        if not 1 <= count <= self.rows or self.rows % count:
+            raise Usage(count, field="parts", expected=f"a divisor of {self.rows} rows")
+        if not (0 <= n <= MOST_VECTORS and self.width <= x_stride <= MOST_BYTES) or not all((parts_ptr, starts_ptr)):
+            raise Usage(f"{n} parts, vectors {x_stride} apart", field="parts", expected=f"vectors of {self.width} floats")
+        if not (x_ptr and y_ptr):
+            raise Usage("no address", field="parts", expected="vectors and room for as many")
+        each = self.rows // count
+        place = self._parts(self._address, each, parts_ptr, starts_ptr, n, x_ptr, x_stride, y_ptr)
+        if place >= 0:
+            raise Usage(f"place {place}", field="parts", expected=f"parts 0 to {count - 1}, vectors in order")
 
     def dequantize(self, first: int, stop: int, out_ptr: int) -> None:
         """Rows [first, stop) to float32 [stop - first, width], exactly code x scale. Raises Usage."""

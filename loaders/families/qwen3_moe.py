@@ -1,0 +1,91 @@
+"""Qwen3 mixtures (``model_type: qwen3_moe``): Qwen3 whose feed-forwards are experts, eight of 128 for each token."""
+
+from __future__ import annotations
+
+from loaders.errors import BadCheckpoint
+from loaders.families import Family
+from loaders.families.common import (
+    OLD_BUFFERS,
+    PRE_NORM_NAMES,
+    QK_NORM_NAMES,
+    common,
+    context,
+    count,
+    eps,
+    head_dim,
+    heads,
+    size,
+    vocab,
+)
+from loaders.families.rope import rope
+from loaders.formats.config import Config
+from loaders.layout import Place
+from loaders.network.spec import Attention, Experts, FeedForward, Gated, Layer, Model, Router
+
+NAMES = {
+    **PRE_NORM_NAMES,
+    **QK_NORM_NAMES,
+    "layers.{}.experts.router": "layers.{}.mlp.gate.weight",
+    **{
+        f"layers.{{}}.experts.{name}": Place(f"layers.{{}}.mlp.experts.{{}}.{name}_proj.weight", each=True)
+        for name in ("gate", "up", "down")
+    },
+}
+
+
+def parse(config: Config) -> Model:
+    """Experts in every layer, but where the config keeps a dense one."""
+    common(config)
+    config.expect("hidden_act", "silu")
+    config.ignore("output_router_logits", "router_aux_loss_coef")
+    dim, layers = size(config, "hidden_size"), count(config)
+    q, kv = heads(config, default=4)
+    head = head_dim(config, dim, q)
+    positions = context(config, 32768)
+    rotation = rope(config, head, positions)
+    attention = Attention(q, kv, head, head**-0.5, rotation, window(config), qk_norm="head")
+    dense, mixture = Gated(size(config, "intermediate_size"), "silu"), experts(config)
+    ffns: list[FeedForward] = [dense if i in set(dense_layers(config, layers)) else mixture for i in range(layers)]
+    return Model(
+        family="qwen3_moe",
+        vocab=vocab(config),
+        dim=dim,
+        layers=tuple(Layer(attention, ffn) for ffn in ffns),
+        eps=eps(config),
+        tied=config.bool("tie_word_embeddings", default=False),
+        context=positions,
+    )
+
+
+def window(config: Config) -> int | None:
+    """One window for all layers or none. Files of old carry ``max_window_layers``, which this family has given up."""
+    on = config.bool("use_sliding_window", default=False)
+    null = config.raw("sliding_window") is None and "sliding_window" in config.data
+    length = config.int("sliding_window", default=4096)
+    if on and not null:
+        config.expect("max_window_layers", 0)
+        return length
+    config.ignore("max_window_layers")
+    return None
+
+
+def experts(config: Config) -> Experts:
+    """The mixture of a layer; what transformers saves has the other name for the number of experts."""
+    total = config.int("num_experts", "num_local_experts", default=128, high=1 << 16)
+    active = config.int("num_experts_per_tok", default=8, high=1 << 16)
+    if active > total:
+        raise BadCheckpoint(
+            active, file=config.file, field="num_experts_per_tok", expected=f"at most num_experts={total}"
+        )
+    router = Router("softmax", normalized=config.bool("norm_topk_prob", default=False))
+    return Experts(total, active, size(config, "moe_intermediate_size"), "silu", router)
+
+
+def dense_layers(config: Config, layers: int) -> list[int]:
+    """Layers named one by one, and all whose number, counted from 1, the step does not divide."""
+    named = config.ints("mlp_only_layers", default=(), low=0, high=layers - 1)
+    step = config.int("decoder_sparse_step", default=1)
+    return [i for i in range(layers) if i in named or (i + 1) % step]
+
+
+FAMILY = Family("Qwen3 MoE", ("qwen3_moe",), parse, NAMES, OLD_BUFFERS)
