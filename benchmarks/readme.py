@@ -11,20 +11,23 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from edge.budget.plan import Floor, Request, enumerate_plans, pick
+from edge.budget.plan import TIERS, Floor, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
-from edge.cli.show import plan_lines, plan_table
-from loaders.families import families
+from edge.cli.layers import CACHES, cache_kind
+from edge.cli.show import parameters, plan_lines, plan_table
+from loaders.families import Family, families
 from loaders.network.matformer import sliced
-from loaders.network.tensors import core, total
+from loaders.network.spec import Experts, Model
+from loaders.network.tensors import active, core, total
 from loaders.sketch import sketch
 from loaders.slices import candidates
+from tests import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -36,23 +39,58 @@ EXAMPLE_BANDWIDTH = 30e9
 
 
 def supported() -> str:
-    """The families, from the registry; sizes from the configurations the tests parse at full size."""
-    sizes: dict[str, list[str]] = {}
+    """One row per family of the registry, from the configurations that are parsed at full size and from the tests."""
+    parsed: dict[str, list[tuple[str, Model]]] = {}
     for path in sorted(CONFIGS.glob("*.json")):
-        model = sketch(path).model
-        sizes.setdefault(model.family, []).append(f"{path.stem} ({total(model) / 1e9:.2f}B)")
+        checkpoint = sketch(path)
+        parsed.setdefault(checkpoint.family.title, []).append((path.stem, checkpoint.model))
     lines = [
-        "| family | `model_type` | parsed at full size in the tests | logits against transformers | slices | PLE |"
+        "| family | `model_type` | parsed at full size: parameters | float32 | int8, int4 | caches | more |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|")
-    for name, family in families().items():
-        slices = "yes" if family.sliced_config else "-"
-        types = ", ".join(f"`{t}`" for t in family.model_types)
-        tiers = "device, ram, ssd" if family.sliced_config else "-"
-        lines.append(
-            f"| {family.title} | {types} | {', '.join(sizes[name])} | fp32, within 1e-4 | {slices} | {tiers} |"
+    for family in families().values():
+        found = parsed.get(family.title, [])
+        models = [model for _, model in found]
+        cells = (
+            family.title,
+            ", ".join(f"`{t}`" for t in family.model_types),
+            ", ".join(f"{name} ({sizes(model)})" for name, model in found) or "-",
+            verified([name for name, _ in found], shrink.NAMES),
+            verified([name for name, _ in found], getattr(shrink, "QUANTIZED", ())),
+            ", ".join(caches(models)) or "-",
+            more(family, models) or "-",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def sizes(model: Model) -> str:
+    """Parameters, and those that one token meets where they are fewer."""
+    whole, met = parameters(total(model) / 1e9), parameters(active(model) / 1e9)
+    return whole if total(model) == active(model) else f"{whole}, {met} active"
+
+
+def verified(names: Sequence[str], tested: Sequence[str]) -> str:
+    """How many of a family's configurations, shrunk, a test compares."""
+    count = sum(name in tested for name in names)
+    return f"{count} of {len(names)}" if count else "-"
+
+
+def caches(models: Sequence[Model]) -> list[str]:
+    """The ways in which layers keep keys and values."""
+    return sorted({cache_kind(layer.attention) for model in models for layer in model.layers}, key=CACHES.index)
+
+
+def more(family: Family, models: Sequence[Model]) -> str:
+    """What only some families have."""
+    found = []
+    if any(isinstance(layer.ffn, Experts) for model in models for layer in model.layers):
+        found.append("experts")
+    if family.sliced_config:
+        found.append("slices")
+    if any(model.ple is not None for model in models):
+        found.append(f"PLE: {', '.join(TIERS)}")
+    return "; ".join(found)
 
 
 def slices() -> str:

@@ -118,8 +118,12 @@ def bands(window: Window, rows: int) -> Iterator[Window]:
 
 
 def prefix_of(names: Iterable[str], embed: str, file: str | Path) -> str:
-    """What stands before every text tensor, found by the token embedding: uploads differ in it."""
+    """What stands before every text tensor, found by the token embedding: uploads differ in it.
+
+    A module that predicts a further token may hold a copy of the embedding; it is a layer.
+    """
     found = [name.removesuffix(embed) for name in names if name == embed or name.endswith("." + embed)]
+    found = [prefix for prefix in found if "layers." not in prefix]
     if len(found) != 1:
         raise BadCheckpoint(
             "no token embedding" if not found else f"{len(found)} token embeddings",
@@ -138,9 +142,9 @@ def match(family: Family, model: Model, shards: Shards, config: Path) -> tuple[d
     used = {p.tensor.name for placed in where.values() for p in placed.pieces}
     used |= {p.scale.name for placed in where.values() for p in placed.pieces if p.scale is not None}
     rest = [name for name in shards.tensors if name not in used]
-    skipped = [name for name in rest if any(fnmatchcase(name, p) for p in family.text_only)]
-    ignored = tuple(name for name in rest if name not in set(skipped) and explained(family, model, name))
-    left = sorted(set(rest) - set(skipped) - set(ignored))
+    skipped = {name for name in rest if any(fnmatchcase(name, p) for p in family.text_only)}
+    ignored = tuple(name for name in rest if name not in skipped and explained(family, model, name))
+    left = sorted(set(rest) - skipped - set(ignored))
     if left:
         more = f" and {len(left) - 10} more" if len(left) > 10 else ""
         raise BadCheckpoint(
@@ -173,9 +177,17 @@ def place(
                 expected=describe(config, model, canonical, spot.shape),
             )
         tensor = shards.tensors[name]
-        scale = shards.tensors.get(name + SCALE) if tensor.dtype == FP8 else None
+        scale = scale_of(shards, tensor) if tensor.dtype == FP8 else None
         pieces.append(Piece(check(tensor, spot.shape, scale), spot.block, scale))
     return Placed(table[canonical], tuple(pieces), place_of(family.names, canonical)[0].offset)
+
+
+def scale_of(shards: Shards, tensor: Tensor) -> Tensor | None:
+    """The scales of an fp8 tensor; BadCheckpoint where others have theirs, None where none has any."""
+    found = shards.tensors.get(tensor.name + SCALE)
+    if found is None and any(name.endswith(SCALE) for name in shards.tensors):
+        raise BadCheckpoint("no such tensor", file=tensor.shard, field=tensor.name + SCALE, expected="scales in F32")
+    return found
 
 
 def find(shards: Shards, prefix: str, name: str) -> str | None:
@@ -190,8 +202,8 @@ def explained(family: Family, model: Model, name: str) -> bool:
     """Whether a tensor that was not asked for is one this family is known to carry in vain."""
     if model.tied and name.endswith("lm_head.weight"):
         return True
-    past = len(model.layers)
-    if any(fnmatchcase(name, p.format(past=past)) for p in family.ignore if "{past}" in p):
+    past = range(len(model.layers), len(model.layers) + model.lookahead)
+    if any(fnmatchcase(name, p.format(past=i)) for p in family.ignore if "{past}" in p for i in past):
         return True
     if any(fnmatchcase(name, p) for p in family.ignore):
         number = name.partition("layers.")[2].partition(".")[0]

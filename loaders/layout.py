@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loaders.formats.placed import Block
 from loaders.network.spec import Model
@@ -35,8 +36,7 @@ class Place:
 Names = Mapping[str, str | Place]
 
 
-@dataclass(frozen=True)
-class Spot:
+class Spot(NamedTuple):
     """Consecutive rows of a canonical tensor: a block of the stored tensor ``name``, whose shape is ``shape``."""
 
     name: str
@@ -64,23 +64,28 @@ def spots(names: Names, table: Mapping[str, Shape], canonical: str) -> Iterator[
     """Where a tensor of ``table`` lies, in order of its rows."""
     place, layer = place_of(names, canonical)
     shape = table[canonical]
+    start, whole = beside(names, table, canonical, place)
     if len(shape) == 1:
-        start, height = beside(names, table, canonical, place)
-        yield Spot(place.name.format(layer), (height,), Block(0, (start, start + shape[0]), None))
+        yield Spot(place.name.format(layer), (whole,), Block(0, (start, start + shape[0]), None))
         return
     planes = shape[0] if len(shape) == 3 else 1
     high, wide = stored_size(shape, place)
-    start, whole = beside(names, table, canonical, place)
     height, width = (high, whole) if place.across else (whole, wide)
+    top, left = (0, start) if place.across else (start, 0)
+    stored: Shape = (height, width)
+    block = Block(0, (top, top + high), (left, left + wide), place.transposed)
+    if len(shape) == 2 or place.each:
+        # Kimi K2 has 69,120 of these: only the name differs.
+        yield from (Spot(place.name.format(layer, plane), stored, block) for plane in range(planes))
+        return
+    name = place.name.format(layer)
+    stored = (planes * height, width) if place.together else (planes, height, width)
     for plane in range(planes):
-        first = 0 if place.across else start
-        first += plane * height if place.together else 0
-        left = start if place.across else 0
-        stored: Shape = (height, width)
-        if len(shape) == 3 and not place.each:
-            stored = (planes * height, width) if place.together else (planes, height, width)
-        block = Block(plane if len(stored) == 3 else 0, (first, first + high), (left, left + wide), place.transposed)
-        yield Spot(place.name.format(layer, plane), stored, block)
+        if place.together:
+            first = plane * height + top
+            yield Spot(name, stored, block._replace(rows=(first, first + high)))
+        else:
+            yield Spot(name, stored, block._replace(plane=plane))
 
 
 def stored_size(shape: Shape, place: Place) -> tuple[int, int]:
@@ -103,8 +108,7 @@ def beside(names: Names, table: Mapping[str, Shape], canonical: str, place: Plac
     return sum(sizes[name] for name in order[: order.index(own)]), sum(sizes.values())
 
 
-@dataclass(frozen=True)
-class Filed:
+class Filed(NamedTuple):
     """A tensor of a checkpoint that holds a model: its shape there, and one canonical tensor that lies in it."""
 
     shape: Shape

@@ -17,11 +17,11 @@ from transformers import Gemma3nTextConfig, LlamaConfig, Qwen3Config
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, EdgeError, MissingFile, Unsupported
 from loaders.families import FILES, families
-from loaders.network.spec import AltUp, Llama3Scaling, Model, Rope, mechanisms
+from loaders.network.spec import AltUp, Attention, Llama3Scaling, Model, Rope, mechanisms
 from loaders.network.tensors import head, tensors, total
 from tests.conftest import Folder, Open
-from tests.makers import Tensors, assert_close, distance, prompt, set_config, variant
-from tests.shrink import GEMMA, NAMES, parse, real, shrink
+from tests.makers import Tensors, assert_close, distance, prompt, set_config, theirs, variant
+from tests.shrink import GEMMA, NAMES, kinds, parse, real, shrink
 
 PARAMETERS = {
     "llama-3.2-1B": 1_235_814_400,
@@ -29,6 +29,23 @@ PARAMETERS = {
     "llama-3.1-8B": 8_030_261_248,
     "qwen3-0.6B": 596_049_920,
     "qwen3-8B": 8_190_735_360,
+    "qwen3-30B-A3B": 30_532_122_624,
+    "smollm3-3B": 3_075_098_624,
+    "olmo2-7B": 7_298_617_344,
+    "olmo2-32B": 32_234_279_936,
+    "mistral-7B-v0.1": 7_241_732_096,
+    "mistral-small-3.1-24B": 23_572_403_200,
+    "gpt2": 124_439_808,
+    "gemma-3-1B": 999_885_952,
+    "gemma-3-4B": 3_880_263_168,
+    "gemma-4-E2B": 4_628_569_379,
+    "gemma-4-E4B": 7_463_013_418,
+    "llama-4-scout-17B-16E": 107_769_861_120,
+    "llama-4-maverick-17B-128E": 400_711_848_960,
+    # Without the module for the token after next, which is not run.
+    "deepseek-v3": 671_026_419_200,
+    "kimi-k2": 1_026_408_232_448,
+    "moonlight-16B-A3B": 15_960_110_208,
     # Without the keys and values that sharing layers carry in vain: see test_slices.
     "gemma-3n-E2B": 4_456_156_768 - 20_974_080,
     "gemma-3n-E4B": 6_866_696_688 - 31_461_120,
@@ -40,25 +57,43 @@ def test_parameters_to_the_digit(name: str) -> None:
     assert total(parse(real(name))) == PARAMETERS[name]
 
 
+# GPT-2's names for what all others call the same.
+OLD_KEYS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_facts_of_the_published_configs(name: str) -> None:
     raw, model = real(name), parse(real(name))
     text = raw.get("text_config", raw)
+
+    if "vocab_size" not in text:  # Gemma 3 4B leaves to transformers what transformers takes for granted
+        text = theirs(raw)[1].to_dict()
+
+    def said(key: str) -> Any:
+        return text[key if key in text else OLD_KEYS[key]]
+
     assert (model.vocab, model.dim, len(model.layers)) == (
         text["vocab_size"],
-        text["hidden_size"],
-        text["num_hidden_layers"],
+        said("hidden_size"),
+        said("num_hidden_layers"),
     )
-    assert model.context == text["max_position_embeddings"]
-    assert model.eps == text["rms_norm_eps"]
-    assert model.tied == text.get("tie_word_embeddings", True)
+    assert model.context == said("max_position_embeddings")
+    assert model.eps == said("rms_norm_eps")
+    if "tie_word_embeddings" in text:
+        assert model.tied == text["tie_word_embeddings"]
     assert head(model) == ("embed" if model.tied else "head")
-    a = model.layers[-1].attention
-    assert (a.heads, a.kv_heads, a.head_dim) == (
-        text["num_attention_heads"],
-        text["num_key_value_heads"],
-        text["head_dim"],
-    )
+    a = model.layers[0].attention
+    assert a.heads == said("num_attention_heads")
+    if isinstance(a, Attention):
+        assert a.kv_heads == said("num_key_value_heads")
+        assert a.head_dim == text.get("head_dim", model.dim // a.heads)
 
 
 def test_gemma_layers() -> None:
@@ -96,11 +131,14 @@ def test_shrinking_switches_nothing_off(name: str) -> None:
     text = broken.get("text_config", broken)
     switch: dict[str, Any] = {
         "gemma3n_text": {"num_kv_shared_layers": 0},
+        "gemma4_text": {"num_kv_shared_layers": 0},
         "llama": {"rope_scaling": None, "rope_parameters": None},
-        "qwen3": {"tie_word_embeddings": not text.get("tie_word_embeddings")},
+        "qwen3_moe": {"norm_topk_prob": False},
+        "smollm3": {"no_rope_layers": [1] * 8},
     }
-    text.update(switch[text["model_type"]])
-    assert mechanisms(parse(broken)) != mechanisms(parse(real(name)))
+    text.update(switch.get(text["model_type"], {"tie_word_embeddings": not parse(small).tied}))
+    was, now = parse(real(name)), parse(broken)
+    assert mechanisms(now) != mechanisms(was) or kinds(now) != kinds(was)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +200,7 @@ def test_type_is_the_old_name_of_rope_type() -> None:
     assert parse(raw) == parse(real("llama-3.2-1B"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt2"])
 @pytest.mark.parametrize("theta", [5_000.0, 123_456.0])
 def test_rope_theta_is_read(name: str, theta: float) -> None:
     raw = real(name)
@@ -172,9 +210,8 @@ def test_rope_theta_is_read(name: str, theta: float) -> None:
         inner.get("full_attention", inner)["rope_theta"] = theta
     else:
         text["rope_theta"] = theta
-    rope = parse(raw).layers[-1].attention.rope
-    assert rope is not None
-    assert rope.theta == theta
+    ropes = [layer.attention.rope for layer in parse(raw).layers]
+    assert theta in {rope.theta for rope in ropes if rope is not None}
 
 
 @pytest.mark.parametrize("name", ["gemma-3n-E2B", "llama-3.1-8B"])
@@ -280,7 +317,7 @@ REFUSED: dict[str, tuple[str, Change, type[EdgeError], tuple[str, ...]]] = {
     ),
     "bands-the-wrong-way": (
         "llama-3.2-1B",
-        lambda raw: raw["rope_scaling"].update(high_freq_factor=1.0),
+        lambda raw: raw["rope_scaling"].update(high_freq_factor=0.5),
         BadCheckpoint,
         ("high_freq_factor", "low_freq_factor=1.0"),
     ),
@@ -310,7 +347,7 @@ REFUSED: dict[str, tuple[str, Change, type[EdgeError], tuple[str, ...]]] = {
         "llama-3.2-1B",
         {"model_type": "mamba"},
         Unsupported,
-        ("model_type", "'mamba'", "gemma3n, gemma3n_text, llama, qwen3"),
+        ("model_type", "'mamba'", "gemma3n, gemma3n_text, ", "llama, ", "qwen3, "),
     ),
     "no-model-type": ("llama-3.2-1B", {"model_type": None}, Unsupported, ("model_type", "None")),
     "odd-model-type": ("llama-3.2-1B", {"model_type": ["llama"]}, Unsupported, ("model_type", "['llama']")),
@@ -638,7 +675,7 @@ def test_canonical_names_are_complete(name: str) -> None:
     assert not any("{" in n for n in names)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt2"])
 def test_an_absurd_context_sizes_nothing(name: str) -> None:
     raw = real(name)
     raw.get("text_config", raw)["max_position_embeddings"] = 10**12

@@ -19,10 +19,10 @@ from loaders.families import NamedSlice
 from loaders.formats.pack import Pack, refuse_precision
 from loaders.formats.recipe import PRECISIONS, Recipe, recipes
 from loaders.network.matformer import Slice, sliced
-from loaders.network.spec import Experts
+from loaders.network.spec import Experts, Model
 from loaders.slices import candidates, resolve
 
-KV = ("float32", "bf16")
+KV = ("float32", "bf16", "int8")
 TIERS = ("device", "ram", "ssd")
 CONTEXTS = (4096, 2048, 1024, 512)
 # A GPU wants long chunks; on a CPU they would only cost memory.
@@ -59,23 +59,11 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """The experts among a plan's weights: their bytes, and how many of how many one token runs through."""
-
-    nbytes: int
-    active: int
-    experts: int
-
-    def __str__(self) -> str:
-        return f"{format_bytes(self.nbytes)} in experts ({self.active} of {self.experts} active per token)"
-
-
-@dataclass(frozen=True)
 class Plan(Mapping[str, Any]):
     """One priced combination; also readable as a mapping with the keys of ``edge run --json``.
 
     ``bytes`` are those the budget counts, by component: the process on a CPU, the device on a GPU. ``host_bytes`` are
-    the process's own on a GPU, empty on a CPU.
+    the process's own on a GPU, empty on a CPU. ``routing``: through how many of how many experts a token runs.
     """
 
     part: Slice
@@ -91,6 +79,7 @@ class Plan(Mapping[str, Any]):
     quality: Quality = field(default_factory=Quality)
     bytes_per_token: int = 0
     experts_bytes: int = 0
+    routing: tuple[int, int] = (0, 0)
 
     @property
     def precision(self) -> str:
@@ -119,8 +108,8 @@ class Plan(Mapping[str, Any]):
         plain["head"], plain["bytes_per_token"] = self.recipe.head, self.bytes_per_token
         plain["layers"], plain["widths"] = list(self.part.keep), list(self.part.widths)
         plain["quality"] = {"score": self.quality.score, "origin": self.quality.origin}
-        if self.mixture is not None:
-            plain["experts_bytes"] = self.mixture.nbytes
+        if self.experts_bytes:
+            plain["experts_bytes"] = self.experts_bytes
         if self.host_bytes:
             plain.update(host_bytes=self.host_bytes, host_total_bytes=self.host_total_bytes)
         return plain
@@ -170,21 +159,16 @@ def enumerate_plans(source: Source, request: Request, floor: Floor) -> list[Plan
                             plan = Plan(
                                 named.slice, recipe, tier, kv, context, min(chunk, context), request.engine,
                                 request.device, device, host, quality.at(recipe), prices.bytes_per_token(recipe),
-                                prices.experts_bytes(recipe),
+                                prices.experts_bytes(recipe), routing(small),
                             )  # fmt: skip
                             found.append((order, plan))
     return [plan for _, plan in sorted(found, key=lambda item: (item[0], *preference(item[1])))]
 
 
-def mixture(prices: Prices, recipe: Recipe) -> Mixture | None:
-    """What the experts come to in a recipe; None for a model without."""
-    layers = [layer.ffn for layer in prices.small.layers if isinstance(layer.ffn, Experts)]
-    if not layers:
-        return None
-    stacks = (
-        (n, kind) for kind, n in prices.kinds.items() if kind.source.startswith("experts.") and len(kind.full) > 2
-    )
-    return Mixture(sum(n * kind.nbytes(recipe) for kind, n in stacks), layers[0].active, layers[0].experts)
+def routing(model: Model) -> tuple[int, int]:
+    """(experts a token runs through, experts there are) of the first layer that has a choice; (0, 0) without."""
+    mixtures = (layer.ffn for layer in model.layers if isinstance(layer.ffn, Experts))
+    return next(((ffn.active, ffn.experts) for ffn in mixtures), (0, 0))
 
 
 def preference(plan: Plan) -> tuple[float, ...]:
@@ -230,14 +214,22 @@ def pick(plans: Sequence[Plan], request: Request) -> Plan:
     flag, have = ("--ram-budget", request.ram_budget) if over_host else ("--budget", request.budget)
     need = nearest.host_total_bytes if over_host else nearest.total_bytes
     assert have is not None
-    of_it = "" if nearest.mixture is None or over_host else f"; of it {nearest.mixture}"
     raise WontFit(
         f"nothing fits {flag} {format_bytes(have)}; the nearest is {nearest.label()}, "
-        f"which needs {format_bytes(need)} ({need} bytes), {format_bytes(need - have)} more{of_it}",
+        f"which needs {format_bytes(need)} ({need} bytes){'' if over_host else experts_text(nearest)}, "
+        f"{format_bytes(need - have)} more",
         needed=need,
         budget=have,
         hint=f"Give at least {flag} {need}" + freer(request),
     )
+
+
+def experts_text(plan: Plan) -> str:
+    """What of a plan its experts are; nothing for a model without."""
+    if not plan.experts_bytes:
+        return ""
+    active, experts = plan.routing
+    return f", of it {format_bytes(plan.experts_bytes)} in experts ({active} of {experts} active per token)"
 
 
 def freer(request: Request) -> str:
@@ -273,7 +265,7 @@ def wanted_kv(recipe: Recipe, text: str) -> tuple[str, ...]:
     """Keys and values are kept as precise as the weights, in 16 bits where those have fewer."""
     if text != "auto":
         return (one_of("--kv", text, KV),)
-    return KV if recipe.precision == "float32" else ("bf16",)
+    return ("float32", "bf16") if recipe.precision == "float32" else ("bf16",)
 
 
 def wanted_tiers(source: Source, request: Request) -> tuple[str, ...]:

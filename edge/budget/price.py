@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 from edge.store.weights import Kept, Source, table_kind
-from loaders.formats.quant import BITS, record_bytes
+from loaders.formats.quant import BITS, BLOCK, SCALE_BYTES, record_bytes
 from loaders.formats.recipe import PLAIN, Recipe
 from loaders.formats.safetensors import ITEMSIZE
 from loaders.network.matformer import Slice
-from loaders.network.spec import AnyAttention, Experts, FeedForward, LatentAttention, Model
+from loaders.network.spec import AnyAttention, Attention, Experts, FeedForward, LatentAttention, Model
 
 # The row cache of the ssd tier: enough for the words a text keeps coming back to.
 ROW_CACHE = 16 << 20
@@ -22,6 +22,10 @@ TILE_BYTES = 8 << 20
 CUDA_SCRATCH = 60 << 20
 CUDA_TILE = 32 << 20
 FLOAT = 4
+# int8 keys and values on a CPU: what is widened at a time, the scores of a pass, float copies while they are quantized.
+KV_TILE = 1 << 20
+KV_SCORES = 8 << 20
+QUANTIZING = 3
 
 
 def itemsize(precision: str) -> int:
@@ -34,10 +38,54 @@ def kv_capacity(a: AnyAttention, context: int) -> int:
     return context if a.span is None else min(a.span, context)
 
 
+def kv_group(head_dim: int) -> int:
+    """Values of a head that share one scale in int8: a block, or the head where blocks would not fill it."""
+    return BLOCK if head_dim % BLOCK == 0 else head_dim
+
+
+def kv_token_bytes(a: AnyAttention, precision: str) -> int:
+    """What one layer keeps per token. Latent entries stay in 16 bits where keys and values have 8."""
+    if precision != "int8":
+        return a.cached * itemsize(precision)
+    if isinstance(a, LatentAttention):
+        return a.cached * itemsize("bf16")
+    return a.cached + a.cached // kv_group(a.head_dim) * SCALE_BYTES
+
+
 def kv_bytes(model: Model, context: int, precision: str) -> int:
     """Keys and values, or latent entries, of every layer that owns some, for ``context`` tokens."""
     layers = (layer.attention for layer in model.layers)
-    return sum(a.cached * kv_capacity(a, context) for a in layers) * itemsize(precision)
+    return sum(kv_token_bytes(a, precision) * kv_capacity(a, context) for a in layers)
+
+
+def kv_scratch_bytes(model: Model, chunk: int, context: int, precision: str, device: str = "cpu") -> int:
+    """What a pass over ``chunk`` tokens holds beside the caches, to attend over them.
+
+    A ring that wraps, or a pass past a chunk's end, makes an ordered copy of what is still seen; that of a layer whose
+    keys others read lives on. int8 is quantized from float copies, and widened to scratch of its own.
+    """
+    shared = {layer.attention.kv_from for layer in model.layers}
+    most = held = 0
+    for i, layer in enumerate(model.layers):
+        a = layer.attention
+        if a.span is not None and a.span < context:
+            copy = kv_token_bytes(a, precision) * (a.span + chunk)
+            most = max(most, held + copy)
+            held += copy if i in shared else 0
+    if precision != "int8":
+        return most
+    layers = {layer.attention for layer in model.layers if not isinstance(layer.attention, LatentAttention)}
+    copies = QUANTIZING * chunk * FLOAT * max((a.cached for a in layers), default=0)
+    return most + copies + max((int8_scratch_bytes(a, chunk, context, device) for a in layers), default=0)
+
+
+def int8_scratch_bytes(a: Attention, chunk: int, context: int, device: str) -> int:
+    """What attention over int8 keys and values of a layer widens at a time, and on a CPU its scores."""
+    seen = context if a.span is None else min(context, a.span + chunk)
+    if device != "cpu":
+        head = 2 * 2 * seen * a.head_dim
+        return min(a.kv_heads * head, max(CUDA_TILE, head))
+    return KV_TILE + max(min(KV_SCORES, FLOAT * chunk * a.heads * seen), FLOAT * seen * a.heads // a.kv_heads)
 
 
 def ple_bytes(small: Model, kind: str, tier: str) -> int:
@@ -50,14 +98,19 @@ def ple_bytes(small: Model, kind: str, tier: str) -> int:
     return min(ROW_CACHE, table // 8) if tier == "ssd" else table
 
 
-def activation_bytes(model: Model, chunk: int, context: int, precision: str) -> int:
+def activation_bytes(model: Model, chunk: int, context: int, precision: str, device: str = "cpu") -> int:
     """What one pass over ``chunk`` tokens holds at once: its values in float32, the logits of one token, scratch."""
     streams = model.altup.streams if model.altup else 1
     residual = model.dim * (4 * streams + 6)
     inner = max(max(attention_values(layer.attention), ffn_values(model.dim, layer.ffn)) for layer in model.layers)
     ple = 2 * len(model.layers) * model.ple.dim if model.ple else 0
     values = chunk * (residual + inner + ple) * FLOAT
-    return values + ordered_bytes(model, chunk, context, precision) + 4 * model.vocab * FLOAT + scratch_bytes(model)
+    return (
+        values
+        + kv_scratch_bytes(model, chunk, context, precision, device)
+        + 4 * model.vocab * FLOAT
+        + scratch_bytes(model)
+    )
 
 
 def attention_values(a: AnyAttention) -> int:
@@ -72,12 +125,6 @@ def ffn_values(dim: int, f: FeedForward) -> int:
     if isinstance(f, Experts):
         return 3 * (f.width + (f.shared.width if f.shared else 0)) + 3 * dim + 6 * f.experts
     return 3 * f.width
-
-
-def ordered_bytes(model: Model, chunk: int, context: int, precision: str) -> int:
-    """A ring that wraps hands the pass an ordered copy of what the window, or the chunk at hand, still shows."""
-    layers = [layer.attention for layer in model.layers if layer.attention.span is not None]
-    return max((a.cached * (kv_capacity(a, context) + chunk) for a in layers), default=0) * itemsize(precision)
 
 
 def widest(model: Model) -> int:
@@ -120,7 +167,7 @@ class Prices:
         """What a run holds besides the runtime's own floor and the tokenizer."""
         key = (chunk, context, kv)
         if key not in self.activations:
-            self.activations[key] = activation_bytes(self.small, chunk, context, kv)
+            self.activations[key] = activation_bytes(self.small, chunk, context, kv, self.device)
         if (context, kv) not in self.caches:
             self.caches[context, kv] = kv_bytes(self.small, context, kv)
         activations = self.activations[key]

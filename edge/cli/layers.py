@@ -31,8 +31,11 @@ from loaders.network.tensors import active, tensors, total
 
 # More ranges than this are shortened: people count no further.
 MOST_RANGES = 6
+# Characters of a cell's later lines: with them a table stays within 120 columns.
+CELL = 16
+CACHES = ("full", "ring", "chunked", "latent", "shared")
 SCALINGS = {Llama3Scaling: "llama3", Yarn: "yarn", Linear: "linear"}
-QK_NORMS = {"head": "QK per head", "whole": "QK whole", "unweighted": "QK unweighted"}
+QK_NORMS = {"head": "QK per head", "whole": "QK whole", "unweighted": "QK L2"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def layer_table(model: Model, rows: Sequence[Row]) -> Table:
         a, ffn = row.layer.attention, row.layer.ffn
         table.add_row(
             ranges(row.indices, len(model.layers)),
-            lines(kind(a), "" if a.kv_from is None else f"shared from layer {a.kv_from}"),
+            kind(a) if a.kv_from is None else lines(f"{kind(a)}, shared", f"from layer {a.kv_from}"),
             heads_text(a),
             "all" if a.span is None else f"{a.span:,}",
             rope_text(a),
@@ -106,30 +109,44 @@ def layer_table(model: Model, rows: Sequence[Row]) -> Table:
     return table
 
 
-def lines(first: str, *more: str) -> str:
-    """A cell: what there is, and below it what else there is."""
-    below = ", ".join(text for text in more if text)
-    return f"{first}\n{below}" if below else first
+def lines(*texts: str) -> str:
+    """A cell: what there is, and below it what else there is, several to a line where they are short."""
+    first, *more = [text for text in texts if text]
+    found = [first]
+    for text in more:
+        if len(found) > 1 and len(found[-1]) + len(text) + 2 <= CELL:
+            found[-1] += f", {text}"
+        else:
+            found.append(text)
+    return "\n".join(found)
 
 
 def ranges(indices: Sequence[int], count: int) -> str:
-    """Numbers of layers, of ``count``: 0-4,6 or, where they come back, every 6th from 5, 5 of every 6 from 0."""
+    """Numbers of layers, of ``count``: 0-4,6 or, where that is shorter, every 6th from 5, 5 of every 6 from 0."""
     runs: list[list[int]] = []
     for i in indices:
         if runs and runs[-1][1] == i - 1:
             runs[-1][1] = i
         else:
             runs.append([i, i])
-    if len(runs) > 2:
-        width, period = runs[0][1] - runs[0][0] + 1, runs[1][0] - runs[0][0]
-        start, stop = runs[0][0], count if runs[-1][0] + period >= count else runs[-1][1] + 1
-        if list(indices) == [i for i in range(start, stop) if (i - start) % period < width]:
-            often = f"every {ordinal(period)}" if width == 1 else f"{width} of every {period}"
-            return f"{often} from {start}" + ("" if stop == count else f" to {stop - 1}")
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
-    if len(texts) > MOST_RANGES:
-        texts[MOST_RANGES - 2 : -1] = ["..."]
-    return ",".join(texts)
+    said = ",".join(texts)
+    pattern = periodic(runs, count) if len(runs) > 2 else None
+    if pattern is not None and (len(texts) > MOST_RANGES or len(pattern) < len(said)):
+        return pattern
+    return said if len(texts) <= MOST_RANGES else ",".join([*texts[: MOST_RANGES - 2], "...", texts[-1]])
+
+
+def periodic(runs: Sequence[Sequence[int]], count: int) -> str | None:
+    """What comes back at equal distances, in words; None for anything else. The model's end may cut the last run."""
+    (start, last), (second, _) = runs[:2]
+    width, period = last - start + 1, second - start
+    stop = count if runs[-1][0] + period >= count else runs[-1][1] + 1
+    firsts = range(start, stop, period)
+    if [list(run) for run in runs] != [[first, min(first + width, stop) - 1] for first in firsts]:
+        return None
+    often = f"every {ordinal(period)}" if width == 1 else f"{width} of every {period}"
+    return f"{often} from {start}" + ("" if stop == count else f" to {stop - 1}")
 
 
 def ordinal(n: int) -> str:
@@ -146,7 +163,7 @@ def kind(a: AnyAttention) -> str:
 
 
 def cache_kind(a: AnyAttention) -> str:
-    """How keys and values are kept: full, ring, chunked, latent, or shared with another layer."""
+    """How keys and values are kept, one of CACHES: a window's in a ring, another layer's nowhere."""
     if a.kv_from is not None:
         return "shared"
     return {"sliding": "ring"}.get(kind(a), kind(a))
@@ -160,8 +177,8 @@ def heads_text(a: AnyAttention) -> str:
 
 
 def rope_text(a: AnyAttention) -> str:
-    """Base, scaling, the share of a head that turns, the order of its pairs; what stands in for it where there is none."""
-    warm = f"temperature {a.temperature.scale:g}" if isinstance(a, Attention) and a.temperature else ""
+    """Base, scaling, the share of a head that turns, the order of its pairs, what makes queries grow."""
+    warm = f"temp. {a.temperature.scale:g}" if isinstance(a, Attention) and a.temperature else ""
     rope = a.rope
     if rope is None:
         return lines("none", warm)
@@ -198,7 +215,7 @@ def norm_text(model: Model, layer: Layer) -> str:
     if isinstance(a, Attention):
         inner = [QK_NORMS[a.qk_norm] if a.qk_norm else "", "V" if a.v_norm else ""]
     elif isinstance(a, LatentAttention):
-        inner = ["latent" if a.q_rank is None else "q and kv latent"]
+        inner = ["kv latent" if a.q_rank is None else "q, kv latent"]
     return lines(place, "LayerNorm" if model.layer_norm else "", *inner, "scalar" if layer.scalar else "")
 
 
@@ -216,7 +233,7 @@ def experts_text(ffn: FeedForward) -> str:
     if not isinstance(ffn, Experts):
         return "-"
     shared = f"+ shared {ffn.shared.width}" if ffn.shared is not None else ""
-    return lines(f"{ffn.active} of {ffn.experts} x {ffn.width} {ffn.activation}", shared)
+    return lines(f"{ffn.active} of {ffn.experts} x {ffn.width}", ffn.activation, shared)
 
 
 def router_text(router: Router) -> str:

@@ -25,7 +25,7 @@ OPTIONS = (
     click.option("--slice", metavar="NAME", help="A slice: E2B, half, ffn=8192x20,16384x15, a JSON file.", **AUTO),
     click.option("--precision", metavar="auto|int4|int8|bf16|float32", help="Of the weights.", **AUTO),
     click.option("--ple", metavar="auto|device|ram|ssd", help="Where the per-layer embeddings live.", **AUTO),
-    click.option("--kv", metavar="auto|bf16|float32", help="Precision of the cache of keys and values.", **AUTO),
+    click.option("--kv", metavar="auto|int8|bf16|float32", help="Precision of the cache of keys and values.", **AUTO),
 )
 
 

@@ -150,7 +150,9 @@ def shortened(plans: Sequence[Plan], chosen: Plan | None) -> list[Plan | None]:
 
 
 def parameters(billions: float) -> str:
-    """1.91B, 27.1M."""
+    """1.03T, 1.91B, 27.1M."""
+    if billions >= 999.995:
+        return f"{billions / 1000:.2f}T"
     return f"{billions:.2f}B" if billions >= 0.1 else f"{billions * 1000:.1f}M"
 
 

@@ -10,10 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from edge.engine import cuda_blocks
+from edge.engine import cuda_blocks, cuda_experts
+from edge.engine.cuda_blocks import MOST_TOKENS
 from edge.engine.torch_blocks import Blocks
+from edge.engine.torch_experts import Stack, grouped
 from edge.engine.torch_ops import TorchOps
-from loaders.network.spec import Rope
+from loaders.network.spec import Experts, Rope, Router
 
 # Programs enough to keep every multiprocessor busy with several.
 PROGRAMS = 1024
@@ -66,6 +68,9 @@ def gaussian_topk_kernel(x, out, width, cut, block: tl.constexpr):  # type: igno
 class CudaOps(TorchOps):
     """TorchOps with the kernels above where they apply."""
 
+    # What the router last returned, and the experts it chose: their layer comes next.
+    routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
     def embed(self, table: torch.Tensor | Blocks, ids: torch.Tensor) -> torch.Tensor:
         return cuda_blocks.embed(table, ids) if isinstance(table, Blocks) else super().embed(table, ids)
 
@@ -84,6 +89,30 @@ class CudaOps(TorchOps):
             weight, x.contiguous(), out, rows, columns, row_block=row_block, column_block=column_block
         )
         return out
+
+    def head_linear(self, x: torch.Tensor, weight: Stack) -> torch.Tensor:
+        if len(x) <= MOST_TOKENS and (isinstance(weight, Blocks) or weight.is_contiguous()):
+            return cuda_experts.per_head(x, weight)
+        return cuda_experts.per_head_many(x, weight) if isinstance(weight, Blocks) else super().head_linear(x, weight)
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, experts: int, active: int, router: Router
+    ) -> torch.Tensor:
+        if len(logits) > MOST_TOKENS or not cuda_experts.routable(experts, router):
+            return super().route(logits, bias, experts, active, router)
+        self.routed = cuda_experts.route(logits, bias, active, router)
+        return self.routed[0]
+
+    def experts(
+        self, x: torch.Tensor, weights: torch.Tensor, gate: Stack, up: Stack, down: Stack, spec: Experts
+    ) -> torch.Tensor:
+        routed, self.routed = self.routed, None
+        if len(x) > MOST_TOKENS:
+            return grouped(self, x, weights, gate, up, down, spec)
+        if routed is None or routed[0] is not weights:
+            shares, chosen = weights.topk(spec.active, -1)
+            routed = weights, chosen.int(), shares
+        return cuda_experts.experts(x, routed[1], routed[2].contiguous(), gate, up, down, spec)
 
     def rope(self, x: torch.Tensor, positions: torch.Tensor, rope: Rope) -> torch.Tensor:
         tokens, heads, dim = x.shape

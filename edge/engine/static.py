@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from edge.engine.kv import Keys, KVCache
+from edge.engine.kv import Keys, KVCache, Stored, stored
 
 # A graph serves positions up to its bucket; the next one is twice as long.
 SHORTEST = 256
@@ -46,8 +46,9 @@ class StaticCache:
         ks, vs = self.cache.layers[layer]
         period = ks.shape[1] if window is not None else chunk
         at = self.positions if period is None else self.positions % period
-        ks.index_copy_(1, at, k.transpose(0, 1).to(ks.dtype))
-        vs.index_copy_(1, at, v.transpose(0, 1).to(vs.dtype))
+        new_k, new_v = stored(ks, k, v)
+        ks.index_copy_(1, at, new_k)
+        vs.index_copy_(1, at, new_v)
         return self.keys(ks, vs, chunk if window is None else None)
 
     def append_latent(self, layer: int, entry: torch.Tensor, rank: int) -> Keys:
@@ -56,14 +57,14 @@ class StaticCache:
         entries.index_copy_(1, self.positions, entry[None].to(entries.dtype))
         return self.keys(entries, values, None)
 
-    def keys(self, ks: torch.Tensor, vs: torch.Tensor, chunk: int | None) -> Keys:
+    def keys(self, ks: Stored, vs: Stored, chunk: int | None) -> Keys:
         """The slots of a layer and which of them count."""
         slots = min(self.limit, ks.shape[1])
         key = (slots, chunk)
         if key not in self.masks:
             # In a ring that has wrapped every slot is visible, and every slot's number is below the position.
             last = self.positions if chunk is None else self.positions % chunk
-            self.masks[key] = (torch.arange(slots, device=ks.device) <= last)[None]
+            self.masks[key] = (torch.arange(slots, device=last.device) <= last)[None]
         return Keys(ks[:, :slots], vs[:, :slots], None, 0, self.masks[key])
 
 

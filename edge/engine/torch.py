@@ -12,13 +12,11 @@ import torch
 
 from edge.budget.memory import trim
 from edge.engine.cuda_memory import refusals
-from edge.engine.kv import KVCache
+from edge.engine.kv import KINDS, KVCache
 from edge.engine.static import StaticStep, bucket
 from edge.engine.torch_blocks import Blocks
 from edge.engine.torch_ops import ops_for
 from edge.engine.torch_ple import Rows
-from edge.engine.torch_weights import DTYPE
-from loaders.formats.recipe import PLAIN
 from loaders.network import decoder_of
 from loaders.network.ops import Cache, Want
 from loaders.network.spec import Model
@@ -41,7 +39,7 @@ class TorchEngine:
         device: torch.device,
     ) -> None:
         self.model, self.weights, self.rows = model, weights, rows
-        self.chunk, self.kv, self.torch_device = chunk, DTYPE[PLAIN[kv]], device
+        self.chunk, self.kv, self.torch_device = chunk, KINDS[kv], device
         self.device = device.type
         self.ops = ops_for(device)
         self.decoder = decoder_of(model)

@@ -26,9 +26,19 @@ class Native(Protocol):
     All floats are float32; rows of x and of outputs are whole blocks, zeros beyond ``cols`` in x.
     """
 
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
     def part(self, first: int, rows: int) -> Native: ...
 
     def multiply(self, x_ptr: int, t: int, x_stride: int, y_ptr: int) -> None: ...
+
+    def multiply_parts(
+        self, count: int, parts_ptr: int, starts_ptr: int, n: int, x_ptr: int, x_stride: int, y_ptr: int
+    ) -> None: ...
 
     def dequantize(self, first: int, stop: int, out_ptr: int) -> None: ...
 
@@ -84,7 +94,11 @@ class Blocks:
         return self.codes.nbytes + self.scales.nbytes
 
     def part(self, index: int, count: int) -> Blocks:
-        """Of a stack of ``count`` matrices kept as one, the matrix ``index``: the same memory."""
+        """Of a stack of ``count`` matrices kept as one, the matrix ``index``: the same memory. Raises Usage."""
+        if not 1 <= count <= self.rows or self.rows % count:
+            raise Usage(count, field="parts", expected=f"a divisor of {self.rows} rows")
+        if not 0 <= index < count:
+            raise Usage(index, field="part", expected=f"0 to {count - 1}")
         rows = self.rows // count
         first = index * rows
         native = None if self.native is None else self.native.part(first, rows)

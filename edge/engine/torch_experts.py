@@ -13,8 +13,7 @@ import torch
 from torch.nn import functional
 
 from edge.budget.price import TILE_BYTES
-from edge.engine.native.blocks import Matrix
-from edge.engine.torch_blocks import NATIVE_VECTORS, Blocks, widen
+from edge.engine.torch_blocks import NATIVE_VECTORS, Blocks, Native, widen
 from loaders.network.spec import Activation, Experts, Router
 
 Stack = torch.Tensor | Blocks
@@ -31,7 +30,7 @@ class Products(Protocol):
 
     def activation(self, x: torch.Tensor, kind: Activation) -> torch.Tensor: ...
 
-    def native(self, weight: Stack) -> Matrix | None: ...
+    def native(self, weight: Stack) -> Native | None: ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def products(op: Products, x: torch.Tensor, stack: Stack, runs: Runs) -> torch.T
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def multiplied(matrix: Matrix, x: torch.Tensor, runs: Runs) -> torch.Tensor:
+def multiplied(matrix: Native, x: torch.Tensor, runs: Runs) -> torch.Tensor:
     """The same in one call of the compiled kernels."""
     x = functional.pad(x, (0, matrix.width - x.shape[1])) if matrix.width > x.shape[1] else x.contiguous()
     starts = [0]

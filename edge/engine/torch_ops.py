@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional
 
 from edge.budget.price import TILE_BYTES
-from edge.engine.kv import Keys
+from edge.engine import kv_int8
+from edge.engine.kv import Keys, Stored
 from edge.engine.native.blocks import Matrix, available
-from edge.engine.torch_blocks import Blocks
-from edge.engine.torch_experts import Stack, grouped, route
+from edge.engine.torch_blocks import Blocks, Native
+from edge.engine.torch_experts import TOGETHER, Stack, grouped, per_head, route, selected
 from loaders.network.rotary import amplitude, scaled
 from loaders.network.spec import Activation, Experts, Rope, Router, Temperature
 
@@ -61,13 +62,18 @@ class TorchOps:
             return functional.linear(x.to(weight.dtype), weight).float()
         return self.tiled(x, weight)
 
-    def native(self, weight: torch.Tensor) -> Matrix | None:
-        """A bf16 weight as the compiled kernels see it: they read it once, at float32 activations."""
+    def native(self, weight: Stack) -> Native | None:
+        """A weight as the compiled kernels see it, stacks as one matrix: they read it once, at float32 activations.
+
+        A bf16 one is kept for as long as its form is: nothing else can come to lie at its address.
+        """
+        if isinstance(weight, Blocks):
+            return weight.native
         if not self.compiled or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
             return None
         found = self.matrices.get(weight.data_ptr())
-        if found is None or (found.rows, found.cols) != tuple(weight.shape):
-            rows, cols = weight.shape
+        rows, cols = weight.numel() // weight.shape[-1], weight.shape[-1]
+        if found is None or (found.rows, found.cols) != (rows, cols):
             found = Matrix(weight.data_ptr(), 0, 16, rows, cols, 2 * cols, 0, weight.nbytes, 0, keep=weight)
             self.matrices[weight.data_ptr()] = found
         return found
@@ -92,12 +98,8 @@ class TorchOps:
             self.tile = torch.empty(max(numel, TILE_BYTES // 4), device=self.device)
         return self.tile
 
-    def head_linear(self, x: torch.Tensor, weight: torch.Tensor | Blocks) -> torch.Tensor:
-        if isinstance(weight, Blocks):
-            heads = x.shape[1]
-            parts = [self.linear(x[:, i], weight.part(i, heads)) for i in range(heads)]
-            return torch.stack(parts, 1)
-        return torch.bmm(x.transpose(0, 1), weight.float().transpose(1, 2)).transpose(0, 1)
+    def head_linear(self, x: torch.Tensor, weight: Stack) -> torch.Tensor:
+        return per_head(self, x, weight, self.fast)
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.matmul(a, b)
@@ -181,6 +183,9 @@ class TorchOps:
     def experts(
         self, x: torch.Tensor, weights: torch.Tensor, gate: Stack, up: Stack, down: Stack, spec: Experts
     ) -> torch.Tensor:
+        if self.device.type == "cuda" and x.shape[0] * spec.active <= TOGETHER:
+            shares, chosen = weights.topk(spec.active, -1)
+            return selected(self, x, chosen, shares, gate, up, down, spec)
         return grouped(self, x, weights, gate, up, down, spec)
 
     def activation(self, x: torch.Tensor, kind: Activation) -> torch.Tensor:
@@ -241,13 +246,17 @@ def visible(
     return k <= q if chunk is None else (k <= q) & (k >= q // chunk * chunk)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: Stored, v: Stored, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """q [t, kv_heads, group, dim] over k [kv_heads, n, dim] and v -> float32 [t, kv_heads * group * value dim].
 
     The heads of a group become further queries of their one key head, so keys are never repeated in memory. Values
     that are shorter than keys are the keys' own first ones (:class:`Keys`): torch has no fused form for two lengths
     and would copy the cache, so whole keys are summed and the end of the sum is dropped.
     """
+    if isinstance(k, kv_int8.Int8):
+        assert isinstance(v, kv_int8.Int8)
+        return kv_int8.attend(q, k, v, mask, scale)
+    assert isinstance(v, torch.Tensor)
     tokens, kv_heads, group, dim = q.shape
     values = v.shape[-1]
     if values != dim:

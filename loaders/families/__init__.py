@@ -59,6 +59,12 @@ FILES = {
     "mistral": "mistral",
     "mistral3": "mistral",
     "gpt2": "gpt2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
+    "llama4": "llama4",
+    "llama4_text": "llama4",
 }
 
 

@@ -23,7 +23,6 @@ def parse(config: Config) -> Model:
     common(config, quantized=True)
     fp8(config)
     config.ignore("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "output_router_logits")
-    config.ignore("num_nextn_predict_layers", "num_mtp_layers")
     config.expect("hidden_act", "silu")
     positions, layers = context(config, 4096), count(config)
     attention = latent(config, positions)
@@ -33,13 +32,14 @@ def parse(config: Config) -> Model:
         expected = f"at most num_hidden_layers={layers}"
         raise BadCheckpoint(first, file=config.file, field="first_k_dense_replace", expected=expected)
     return Model(
-        family=config.str("model_type"),
+        family="deepseek_v3",
         vocab=vocab(config),
         dim=size(config, "hidden_size"),
         layers=(Layer(attention, dense),) * first + (Layer(attention, mixture),) * (layers - first),
         eps=eps(config),
         tied=config.bool("tie_word_embeddings", default=False),
         context=positions,
+        lookahead=config.int("num_nextn_predict_layers", "num_mtp_layers", default=0, low=0, high=16),
     )
 
 

@@ -8,36 +8,32 @@ from typing import Any
 from loaders.errors import BadCheckpoint
 from loaders.families import Family
 from loaders.families.common import (
-    ATTENTION_NAMES,
-    QK_NORM_NAMES,
+    FULL,
+    PLE_NAMES,
+    SANDWICH,
+    SANDWICH_NAMES,
+    SLIDING,
+    UNSHARED,
     common,
     context,
     count,
     eps,
     head_dim,
     heads,
+    kv_sources,
     vocab,
 )
 from loaders.families.gemma3n_slices import nested, slices
 from loaders.families.rope import agreed
 from loaders.formats.config import Config
 from loaders.network.matformer import Slice
-from loaders.network.spec import PLE, AltUp, Attention, Gated, Laurel, Layer, Model, Norm, Rope
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-SANDWICH: tuple[Norm, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_out")
+from loaders.network.spec import PLE, AltUp, Attention, Gated, Laurel, Layer, Model, Rope
 
 NAMES = {
-    **ATTENTION_NAMES,
-    **QK_NORM_NAMES,
-    "ple.table": "embed_tokens_per_layer.weight",
-    "ple.proj": "per_layer_model_projection.weight",
-    "ple.norm": "per_layer_projection_norm.weight",
+    **SANDWICH_NAMES,
+    **PLE_NAMES,
     **{f"altup.expand.{k}": f"altup_projections.{k - 1}.weight" for k in range(1, 16)},
     **{f"altup.merge.{k}": f"altup_unembed_projections.{k - 1}.weight" for k in range(1, 16)},
-    "layers.{}.norm.attn_out": "layers.{}.post_attention_layernorm.weight",
-    "layers.{}.norm.ffn_in": "layers.{}.pre_feedforward_layernorm.weight",
-    "layers.{}.norm.ffn_out": "layers.{}.post_feedforward_layernorm.weight",
     "layers.{}.laurel.left": "layers.{}.laurel.linear_left.weight",
     "layers.{}.laurel.right": "layers.{}.laurel.linear_right.weight",
     "layers.{}.laurel.norm": "layers.{}.laurel.post_laurel_norm.weight",
@@ -46,17 +42,9 @@ NAMES = {
     "layers.{}.altup.predict": "layers.{}.altup.prediction_coefs.weight",
     "layers.{}.altup.correct": "layers.{}.altup.correction_coefs.weight",
     "layers.{}.altup.scale": "layers.{}.altup.correct_output_scale",
-    "layers.{}.ple.gate": "layers.{}.per_layer_input_gate.weight",
-    "layers.{}.ple.proj": "layers.{}.per_layer_projection.weight",
-    "layers.{}.ple.norm": "layers.{}.post_per_layer_input_norm.weight",
 }
 
-# Only matched for tensors no layer asked for: layers that own keys and values consume theirs.
-UNSHARED = "a layer that shares keys and values has no use for its own"
-IGNORE = {
-    **{f"*layers.*.self_attn.{name}.weight": UNSHARED for name in ("k_proj", "v_proj", "k_norm")},
-    "*layers.*.altup.correct_output_scale": "altup_correct_scale is off",
-}
+IGNORE = {**UNSHARED, "*layers.*.altup.correct_output_scale": "altup_correct_scale is off"}
 
 TEXT_ONLY = ("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*")
 
@@ -123,7 +111,7 @@ def parse_layers(text: Config) -> tuple[Layer, ...]:
     )
     widths = per_layer(text, "intermediate_size", layers)
     sparsity = sparsities(text, layers)
-    sources = kv_sources(text, kinds)
+    sources = kv_sources(text, kinds, 15)
     rotations = ropes(text, head, positions)
     window = text.int("sliding_window", default=512)
 
@@ -164,26 +152,6 @@ def sparsities(text: Config, layers: int) -> tuple[float, ...]:
         if not 0.0 <= share < 1.0:
             raise BadCheckpoint(share, file=text.file, field="activation_sparsity_pattern", expected="0 <= share < 1")
     return pattern
-
-
-def kv_sources(text: Config, kinds: tuple[str, ...]) -> list[int | None]:
-    """For each layer the one whose keys and values it reads: the last of its own kind before sharing begins."""
-    shared = text.int("num_kv_shared_layers", default=15, low=0)
-    first = len(kinds) - shared
-    if first < 1:
-        raise BadCheckpoint(
-            shared, file=text.file, field="num_kv_shared_layers", expected=f"less than num_hidden_layers={len(kinds)}"
-        )
-    last = {kind: i for i, kind in enumerate(kinds[:first])}
-    for i in range(first, len(kinds)):
-        if kinds[i] not in last:
-            raise BadCheckpoint(
-                f"layer {i} shares keys of kind {kinds[i]!r}",
-                file=text.file,
-                field="num_kv_shared_layers",
-                expected=f"a layer of that kind before layer {first}",
-            )
-    return [None if i < first else last[kind] for i, kind in enumerate(kinds)]
 
 
 def ropes(text: Config, head: int, context: int) -> dict[str, Rope]:

@@ -6,14 +6,14 @@ from loaders.errors import BadCheckpoint
 from loaders.families import Family
 from loaders.families.common import common, vocab
 from loaders.formats.config import Config
-from loaders.layout import Place
+from loaders.layout import Names, Place
 from loaders.network.spec import Attention, Layer, Model, Plain
 
 QKV = ("attn.q", "attn.k", "attn.v")
 QKV_BIAS = tuple(f"{name}_bias" for name in QKV)
 
 # Matrices are stored as [in, out].
-NAMES = {
+NAMES: Names = {
     "embed": "wte.weight",
     "positions": "wpe.weight",
     "norm": "ln_f.weight",

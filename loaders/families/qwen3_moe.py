@@ -19,10 +19,10 @@ from loaders.families.common import (
 )
 from loaders.families.rope import rope
 from loaders.formats.config import Config
-from loaders.layout import Place
+from loaders.layout import Names, Place
 from loaders.network.spec import Attention, Experts, FeedForward, Gated, Layer, Model, Router
 
-NAMES = {
+NAMES: Names = {
     **PRE_NORM_NAMES,
     **QK_NORM_NAMES,
     "layers.{}.experts.router": "layers.{}.mlp.gate.weight",

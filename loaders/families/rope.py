@@ -60,8 +60,8 @@ def rope_of(sub: Config, dim: int, context: int, theta: float, kinds: tuple[str,
 def llama3(sub: Config, context: int) -> Llama3Scaling:
     """The four numbers of Llama 3.1."""
     low, high = sub.float("low_freq_factor", low=0.0), sub.float("high_freq_factor", low=0.0)
-    if high <= low:
-        expected = f"more than low_freq_factor={low}"
+    if high < low:  # Llama 4 Scout has both at 1: a step where the others have a ramp
+        expected = f"at least low_freq_factor={low}"
         raise BadCheckpoint(high, file=sub.file, field=sub.field("high_freq_factor"), expected=expected)
     original = sub.int("original_max_position_embeddings", default=context)
     return Llama3Scaling(sub.float("factor", low=0.0), low, high, original)

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,7 @@ RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, FP8: np.uint8}
 Range = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Rows and columns of one matrix of a stored tensor [planes, height, width]; ``cols`` None: of a vector."""
 
     plane: int
@@ -39,8 +38,7 @@ class Block:
         return b - a
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Consecutive rows of a canonical tensor. ``scale``: of an fp8 tensor its inverse scales."""
 
     tensor: Tensor
@@ -50,28 +48,39 @@ class Piece:
     @property
     def whole(self) -> bool:
         """The stored tensor is the piece, as it is."""
-        rows, cols, shape = self.block.rows, self.block.cols, self.tensor.shape
-        return self.scale is None and not self.block.transposed and shape == (
-            (rows[1],) if cols is None else (rows[1], cols[1])
-        )  # fmt: skip
+        block = self.block
+        ranges = (block.rows,) if block.cols is None else (block.rows, block.cols)
+        return self.scale is None and not block.transposed and ranges == tuple((0, n) for n in self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it in the file, with the scales of every block it has a part in."""
+        rows, cols = self.block.rows, self.block.cols or (0, 1)
+        values = (rows[1] - rows[0]) * (cols[1] - cols[0])
+        scales = 0 if self.scale is None else blocks(rows) * blocks(cols) * self.scale.itemsize
+        return values * self.tensor.itemsize + scales
 
     def raw(self, shards: Shards, rows: Range, cols: Range | None) -> npt.NDArray[Any]:
         """Stored bits of a range of the piece's canonical rows and columns, in canonical order."""
-        high, wide = self.stored(rows, cols)
+        found = self.bits(shards, *self.stored(rows, cols))
+        return found.T if self.block.transposed else found
+
+    def bits(self, shards: Shards, high: Range, wide: Range | None) -> npt.NDArray[Any]:
+        """The same by rows and columns of the stored matrix, as they are stored."""
+        kind, shape = RAW[self.tensor.dtype], self.tensor.shape
         if wide is None:
-            out = np.empty(high[1] - high[0], RAW[self.tensor.dtype])
-            shards.read_window(self.tensor, Window((high,), None), out)
+            line = np.empty(high[1] - high[0], kind)
+            shards.read_window(self.tensor, Window((high,), None), line)
+            return line
+        out = np.empty((high[1] - high[0], wide[1] - wide[0]), kind)
+        if len(shape) == 2:
+            shards.read_window(self.tensor, Window((high,), (wide,)), out)
             return out
-        shape = self.tensor.shape
-        ranges: tuple[Range, ...] = (wide,)
-        lines: tuple[Range, ...] = (high,)
-        if len(shape) == 3:
-            lines = ((self.block.plane, self.block.plane + 1),)
-            width = shape[2]
-            ranges = Window.of((), ((r * width + wide[0], r * width + wide[1]) for r in range(*high))).cols or ()
-        out = np.empty((high[1] - high[0], wide[1] - wide[0]), RAW[self.tensor.dtype])
-        shards.read_window(self.tensor, Window(lines, ranges), out if len(shape) == 2 else out.reshape(1, -1))
-        return out.T if self.block.transposed else out
+        # To the reader a stack has a row for each plane.
+        plane, width = self.block.plane, shape[2]
+        window = Window.of([(plane, plane + 1)], ((r * width + wide[0], r * width + wide[1]) for r in range(*high)))
+        shards.read_window(self.tensor, window, out.reshape(1, -1))
+        return out
 
     def stored(self, rows: Range, cols: Range | None) -> tuple[Range, Range | None]:
         """Canonical ranges within the piece -> rows and columns of the stored matrix."""
@@ -84,20 +93,32 @@ class Piece:
 
     def values(self, shards: Shards, rows: Range, cols: Range | None) -> npt.NDArray[np.float32]:
         """The same as float32; fp8 values times the scale of their block, rounded once."""
-        raw = self.raw(shards, rows, cols)
-        if self.tensor.dtype != FP8:
-            return to_float32(np.ascontiguousarray(raw), self.tensor.dtype)
-        assert self.scale is not None
-        found: npt.NDArray[np.float32] = fp8_values()[raw]
         high, wide = self.stored(rows, cols)
-        assert wide is not None
-        down, across = np.arange(*high) // FP8_BLOCK, np.arange(*wide) // FP8_BLOCK
-        window = Window(((down[0], down[-1] + 1),), ((across[0], across[-1] + 1),))
+        found = self.bits(shards, high, wide)
+        if self.tensor.dtype != FP8:
+            out = to_float32(found, self.tensor.dtype)
+        else:
+            assert wide is not None
+            out = fp8_values()[found]
+            self.multiply(shards, high, wide, out)
+        return out.T if self.block.transposed else out
+
+    def multiply(self, shards: Shards, high: Range, wide: Range, out: npt.NDArray[np.float32]) -> None:
+        """Each value of ``out`` times the scale of its block, by rows and columns of the stored matrix."""
+        assert self.scale is not None
+        top, left = high[0] // FP8_BLOCK, wide[0] // FP8_BLOCK
+        window = Window(((top, top + blocks(high)),), ((left, left + blocks(wide)),))
         scales = np.empty(window.shape, np.uint32)
         shards.read_window(self.scale, window, scales)
-        grid = to_float32(scales, "F32")[np.ix_(down - down[0], across - across[0])]
-        found *= grid.T if self.block.transposed else grid
-        return found
+        lines = to_float32(scales, "F32")[:, np.arange(*wide) // FP8_BLOCK - left]
+        for i, line in enumerate(lines):
+            start = (top + i) * FP8_BLOCK - high[0]
+            out[max(start, 0) : start + FP8_BLOCK] *= line
+
+
+def blocks(lines: Range) -> int:
+    """How many blocks of fp8 a range has a part in."""
+    return -(-lines[1] // FP8_BLOCK) - lines[0] // FP8_BLOCK
 
 
 @dataclass(frozen=True)
@@ -138,12 +159,7 @@ class Placed:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of it in the files, scales included."""
-        total = 0
-        for piece in self.pieces:
-            rows, cols = piece.block.rows, piece.block.cols or (0, 1)
-            values = (rows[1] - rows[0]) * (cols[1] - cols[0])
-            total += values * piece.tensor.itemsize + (4 * -(-values // FP8_BLOCK**2) if piece.scale else 0)
-        return total
+        return sum(piece.nbytes for piece in self.pieces)
 
     @property
     def name(self) -> str:

@@ -40,7 +40,9 @@ def amplitude(rope: Rope) -> float:
 def llama3(found: Angles, s: Llama3Scaling) -> Angles:
     """Long wavelengths are stretched, middle ones blended."""
     turns = np.float32(s.original) * found / np.float32(2 * math.pi)
-    blend = np.clip((turns - np.float32(s.low)) / np.float32(s.high - s.low), 0.0, 1.0)
+    # Llama 4 Scout has both ends in one place: a step instead of a ramp.
+    width = s.high - s.low if s.high != s.low else 1e-6
+    blend = np.clip((turns - np.float32(s.low)) / np.float32(width), 0.0, 1.0)
     out: Angles = (np.float32(1.0) - blend) * found / np.float32(s.factor) + blend * found
     return out
 

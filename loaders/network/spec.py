@@ -260,7 +260,8 @@ class Model:
     """A whole decoder. ``embed_scale`` multiplies embeddings on the way in, never in the (possibly tied) head.
 
     ``positions``: rows of a learned table that is added to the embeddings; ``layer_norm``: norms subtract the mean and
-    add a bias, instead of dividing by the root mean square alone.
+    add a bias, instead of dividing by the root mean square alone. ``lookahead``: modules past the last layer that
+    predict further tokens; files hold them, a plain decoder reads none of it.
     """
 
     family: str
@@ -278,6 +279,7 @@ class Model:
     nested: Nested | None = None
     positions: int | None = None
     layer_norm: bool = False
+    lookahead: int = 0
 
     @cached_property
     def last_writer(self) -> int:

@@ -209,7 +209,7 @@ class Matrix:
         )
 
     def part(self, first: int, rows: int) -> Matrix:
-        """Some consecutive rows, as a matrix of their own: the same memory. Raises Usage for rows that are not there."""
+        """Some consecutive rows, as a matrix of their own: the same memory. Raises Usage for rows beyond it."""
         if not (first >= 0 and 0 < rows <= self.rows - first):
             raise Usage(f"{first}:{first + rows}", field="rows", expected=f"within 0:{self.rows}")
         whole = self._struct
@@ -234,13 +234,15 @@ class Matrix:
     ) -> None:
         """Of ``count`` matrices kept as this one, those of int64 parts [n], each times some rows of x.
 
-        Rows starts[k] up to starts[k + 1] (int64 [n + 1], ascending) of x meet part parts[k]: y [starts[n], rows / count].
+        Rows starts[k] to starts[k + 1] (int64 [n + 1], ascending) of x meet part parts[k]: y [starts[n], rows / count].
         Otherwise as ``multiply``; all parts are one piece of work for the threads. Raises Usage.
         """
         if not 1 <= count <= self.rows or self.rows % count:
             raise Usage(count, field="parts", expected=f"a divisor of {self.rows} rows")
         if not (0 <= n <= MOST_VECTORS and self.width <= x_stride <= MOST_BYTES) or not all((parts_ptr, starts_ptr)):
-            raise Usage(f"{n} parts, vectors {x_stride} apart", field="parts", expected=f"vectors of {self.width} floats")
+            raise Usage(
+                f"{n} parts, vectors {x_stride} apart", field="parts", expected=f"vectors of {self.width} floats"
+            )
         if not (x_ptr and y_ptr):
             raise Usage("no address", field="parts", expected="vectors and room for as many")
         each = self.rows // count
