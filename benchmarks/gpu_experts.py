@@ -178,8 +178,15 @@ def layer_seconds(kind: str, t: int) -> tuple[int, float, float]:
     if t > 8:
         return active, eager_seconds(lambda: ops.experts(x, weights[0], *held, spec)), 0.0
     calls = [lambda p=p: cuda_experts.experts(x, *p, *held, spec) for p in picked]  # type: ignore[misc]
-    routing = timed([lambda l=each: ops.route(l, None, spec.experts, spec.active, spec.router) for each in logits])  # type: ignore[misc]
+    routing = timed([lambda z=each: ops.route(z, None, spec.experts, spec.active, spec.router) for each in logits])  # type: ignore[misc]
     return active, timed(calls), routing
+
+
+def heads_seconds(kind: str, rows: int, cols: int) -> tuple[int, float]:
+    """Bytes of the matrices of 128 heads, and seconds of their product with one token."""
+    ops, x = CudaOps(CUDA), torch.randn((1, 128, cols), device=CUDA)
+    held = [stack(128, rows, cols, kind, seed) for seed in range(16)]
+    return held[0].nbytes, timed([lambda h=h: ops.head_linear(x, h) for h in held])  # type: ignore[misc]
 
 
 def eager_seconds(call: Any) -> float:
@@ -239,12 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = {"gbps": nbytes / seconds / 1e9, "of_read": nbytes / seconds / ceiling} if t == 1 else {}
         report("layer", kind=kind, t=t, us=seconds * 1e6, route_us=routing * 1e6, **facts)
     for kind, (rows, cols) in product(("bf16", "int8", "int4"), ((512, 128), (128, 512))):
-        held, x = [stack(128, rows, cols, kind, seed) for seed in range(16)], torch.randn((1, 128, cols), device=CUDA)
-        ops = CudaOps(CUDA)
-        seconds = timed([lambda h=h: ops.head_linear(x, h) for h in held])  # type: ignore[misc]
-        report(
-            "per_head", kind=kind, rows=rows, cols=cols, us=seconds * 1e6, of_read=held[0].nbytes / seconds / ceiling
-        )
+        nbytes, seconds = heads_seconds(kind, rows, cols)
+        report("per_head", kind=kind, rows=rows, cols=cols, us=seconds * 1e6, of_read=nbytes / seconds / ceiling)
     return int(failed)
 
 

@@ -258,3 +258,5 @@ def distinct() -> tuple[str, ...]:
 
 
 DISTINCT = distinct()
+# Those whose int8 and int4 forms tests compare with their own dequantized weights; the README's table says so.
+QUANTIZED = DISTINCT

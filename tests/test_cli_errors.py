@@ -192,7 +192,7 @@ def test_a_model_that_is_not_there(
 
 
 def test_a_file_is_no_model(cli: Cli, gemma3n: Path) -> None:
-    refused(cli("inspect", gemma3n / "config.json"), 66, "no such folder")
+    refused(cli("run", gemma3n / "config.json", PROMPT, *ENOUGH), 66, "no such folder")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from loaders.network.tensors import PLE_TABLE, tensors
 from loaders.packing import write_pack
 from tests.conftest import Folder, Open
 from tests.makers import assert_close, prompt
-from tests.shrink import DISTINCT
+from tests.shrink import DISTINCT, QUANTIZED
 
 LENGTH = 40
 # Enough for every expert to be chosen by somebody; without experts a few tokens say as much.
@@ -85,7 +85,7 @@ def pack_of(folders: Folder, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_model_is_that_of_its_dequantized_weights(
     name: str, precision: str, pack_of: Callable[[str], Path]
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_quantized_model_is_that_of_its_dequantized_weights(
         assert_close(np.stack([session.step(ids[i : i + 1]) for i in range(30, LENGTH)]), wanted[30:])
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_pack_at_8_bits_is_close_to_the_checkpoint(
     name: str, folders: Folder, opened: Open, pack_of: Callable[[str], Path]
 ) -> None:

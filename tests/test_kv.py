@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from edge.engine.kv import KINDS, Keys, KVCache, Stored
 from edge.engine.kv_int8 import Int8
 from edge.engine.static import StaticCache
 from edge.engine.torch_ops import TorchOps
-from loaders.errors import Usage
 from loaders.formats.quant import dequantize, quantize
 from loaders.network.spec import AnyAttention, Attention, Gated, LatentAttention, Layer, Model, Rope
 from tests.small import built
@@ -109,8 +107,7 @@ def sequence(kind: str, precision: str, tokens: int, seed: int = 0) -> Case:
     a, rng = ATTENTION[kind], np.random.default_rng(seed)
     heads, kv_heads, dim = heads_of(a)
     q, k, v = (rng.standard_normal((tokens, n, dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-    latent = isinstance(a, LatentAttention)
-    stored = "bf16" if latent and precision == "int8" else precision
+    stored = stored_as(kind, precision)
     ks, vs = naive_round(k, stored), naive_round(v, stored)
     if isinstance(a, LatentAttention):
         vs = ks[..., : a.kv_rank]
@@ -131,8 +128,13 @@ def run(data: Case, cache: KVCache, sizes: Sequence[int], tolerance: float) -> N
         cache.end()
 
 
+def stored_as(kind: str, precision: str) -> str:
+    """Latent entries are not quantized."""
+    return "bf16" if kind == "latent" and precision == "int8" else precision
+
+
 def tolerance_of(kind: str, precision: str) -> float:
-    return TOLERANCE["bf16" if kind == "latent" and precision == "int8" else precision]
+    return TOLERANCE[stored_as(kind, precision)]
 
 
 # --------------------------------------------------------------------------------------- any pieces give the same sums
@@ -156,8 +158,7 @@ def test_any_pieces_give_what_keeping_everything_gives(kind: str, precision: str
     cache = KVCache(model_of(data.a), 32, KINDS[precision], CPU)
     run(data, cache, PIECES[pieces], tolerance_of(kind, precision))
     cache.reset()
-    other = sequence(kind, precision, TOKENS, seed=1)
-    run(other, cache, PIECES[pieces], tolerance_of(kind, precision))
+    run(sequence(kind, precision, TOKENS, seed=1), cache, PIECES[pieces], tolerance_of(kind, precision))
 
 
 @given(
@@ -183,24 +184,18 @@ def test_any_pieces_of_any_length_in_any_context(
 
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("sizes", [[11, 9], [3, 8, 8, 1], [1] * 7 + [13]])
-def test_what_was_handed_out_outlives_what_overwrites_it(precision: str, sizes: list[int]) -> None:
-    """A later layer that shares keys reads them after their buffer has moved on, in the same pass."""
+def test_what_is_handed_out_is_in_order_and_enough(precision: str, sizes: list[int]) -> None:
+    """Read after the buffer has moved on: a later layer that shares keys does so, in the same pass."""
     for kind in ATTENTION:
-        data = sequence(kind, precision, sum(sizes))
+        data, stored = sequence(kind, precision, sum(sizes)), stored_as(kind, precision)
         cache = KVCache(model_of(data.a), 24, KINDS[precision], CPU)
         for size in sizes:
             cache.begin(size)
             keys = data.append(cache, slice(cache.start, cache.start + size))
-            buffers = [widened(x) for x in cache.layers[0]]
             if keys.first is not None:
-                # Some of the buffer is newer than what the first queries see, unless nothing was overwritten.
-                last = widened(keys.k)[:, -1]
-                assert any(torch.equal(last, slot) for slot in buffers[0].unbind(1))
-                at = slice(keys.first, cache.start + size)
-                stored = "bf16" if kind == "latent" and precision == "int8" else precision
-                wanted = naive_round(data.k[at].numpy(), stored)
-                assert np.allclose(widened(keys.k).transpose(0, 1).numpy(), wanted, rtol=1e-6, atol=1e-7)
                 assert keys.first <= torch_ops.earliest(cache.start, data.a.window, data.a.chunk)
+                wanted = naive_round(data.k[keys.first : cache.start + size].numpy(), stored)
+                assert np.allclose(widened(keys.k).transpose(0, 1).numpy(), wanted, rtol=1e-6, atol=1e-7)
             cache.end()
 
 
@@ -209,19 +204,17 @@ def widened(x: Stored) -> torch.Tensor:
     return x.widened(torch.empty(x.shape)) if isinstance(x, Int8) else x.float()
 
 
-def test_a_chunk_holds_the_newest_chunk() -> None:
+@pytest.mark.parametrize("sizes", [[4, 4], [6, 6], [13], [5, 1, 1], [1] * 12, [3, 20]])
+def test_a_chunk_holds_the_newest_chunk(sizes: list[int]) -> None:
     """Slot p % chunk, after passes that end in, at and past a chunk's end."""
-    a = Attention(1, 1, 2, 1.0, None, chunk=6)
-    for sizes in ([4, 4], [6, 6], [13], [5, 1, 1], [1] * 12, [3, 20]):
-        cache = KVCache(model_of(a), 40, torch.float32, CPU)
-        for size in sizes:
-            cache.begin(size)
-            numbers = torch.arange(cache.start, cache.start + size).float()[:, None, None].expand(size, 1, 2)
-            cache.append(0, numbers, -numbers, None, 6)
-            cache.end()
-        end = sum(sizes)
-        newest = list(range((end - 1) // 6 * 6, end))
-        assert cache.layers[0][0][0, : len(newest), 0].tolist() == newest
+    cache = KVCache(model_of(Attention(1, 1, 2, 1.0, None, chunk=6)), 40, torch.float32, CPU)
+    for size in sizes:
+        cache.begin(size)
+        numbers = torch.arange(cache.start, cache.start + size).float()[:, None, None].expand(size, 1, 2)
+        cache.append(0, numbers, -numbers, None, 6)
+        cache.end()
+    newest = list(range((cache.start - 1) // 6 * 6, cache.start))
+    assert cache.layers[0][0][0, : len(newest), 0].tolist() == newest
 
 
 # ------------------------------------------------------------------------------------------------------------- latents
@@ -232,10 +225,9 @@ def test_latent_values_are_the_keys_own_memory() -> None:
     cache = KVCache(model_of(a), 16, torch.bfloat16, CPU)
     cache.begin(3)
     keys = cache.append_latent(0, torch.randn(3, 576), 512)
-    assert isinstance(keys.k, torch.Tensor)
-    assert isinstance(keys.v, torch.Tensor)
-    assert (tuple(keys.k.shape), tuple(keys.v.shape)) == ((1, 3, 576), (1, 3, 512))
-    assert keys.k.data_ptr() == keys.v.data_ptr() == cache.layers[0][0].data_ptr()
+    k, v, buffer = (x for x in (keys.k, keys.v, cache.layers[0][0]) if isinstance(x, torch.Tensor))
+    assert (tuple(k.shape), tuple(v.shape)) == ((1, 3, 576), (1, 3, 512))
+    assert k.data_ptr() == v.data_ptr() == buffer.data_ptr()
     assert kv_token_bytes(a, "bf16") == kv_token_bytes(a, "int8") == 576 * 2
 
 
@@ -289,7 +281,6 @@ def test_int8_scratch_does_not_grow_with_the_context() -> None:
     ops = TorchOps(CPU)
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
         ops.attention(torch.randn(1, 8, 256), Keys(k, v, 0, 8192), torch.tensor([8191]), SCALE, None)
-    # Events sum what came and went one after the other, so this is above the peak.
     largest = max(event.self_cpu_memory_usage for event in profile.key_averages() if event.key == "aten::empty")
     assert 0 < largest <= kv_scratch_bytes(model_of(Attention(8, 4, 256, SCALE, None)), 1, 8192, "int8")
 
@@ -312,11 +303,6 @@ def test_int8_keys_change_logits_little(name: str) -> None:
             assert gap(steps, logits[kv]) < 2e-3
         session.close()
     assert 0.0 < gap(logits["int8"], logits["float32"]) < 3.0 * gap(logits["bf16"], logits["float32"]) < 5e-2
-
-
-def test_unknown_precisions_of_keys_are_refused() -> None:
-    with pytest.raises(Usage, match=r"--kv: int4 .*auto or one of float32, bf16, int8"):
-        edge.load(built("llama"), kv="int4")
 
 
 # -------------------------------------------------------------------------------------------------------------- pricing
@@ -355,8 +341,6 @@ def test_priced_by_kind() -> None:
     bounded = model_of(GEMMA4[0], GEMMA4[3])
     for precision in KINDS:
         assert kv_bytes(bounded, 512, precision) == kv_bytes(bounded, 100_000, precision)
-        sizes = [kv_bytes(model_of(*GEMMA4), context, precision) for context in (10, 96, 97, 512, 2000)]
-        assert all(a < b for a, b in pairwise(sizes))
 
 
 def test_scratch_by_kind() -> None:
@@ -369,8 +353,7 @@ def test_scratch_by_kind() -> None:
     assert kv_scratch_bytes(model_of(ring, ring, sharer), 64, 513, "bf16") == 2 * one
     assert kv_scratch_bytes(model_of(ring, sharer), 64, 513, "bf16") == one
     assert kv_scratch_bytes(model_of(GEMMA4[5]), 64, 4096, "int8") == 0
-    grown = [kv_scratch_bytes(model_of(full), 64, context, "int8") for context in (4096, 1 << 16)]
-    assert grown[0] == grown[1]
+    assert len({kv_scratch_bytes(model_of(full), 64, context, "int8") for context in (4096, 1 << 16)}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- the recorded step

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from edge.budget.price import CUDA_TILE, KV_SCORES, KV_TILE, kv_group
+from edge.engine.attend import attend as attend_widened
 
 HALF_MAX, HALF_LEAST = 65504.0, 2.0**-24
 
@@ -81,32 +81,27 @@ def quantize(k: torch.Tensor, v: torch.Tensor) -> tuple[Int8, Int8]:
     return Int8(stored[0], scales[0]), Int8(stored[1], scales[1])
 
 
-def attend(q: torch.Tensor, k: Int8, v: Int8, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """q [t, kv_heads, group, dim] over k, v [kv_heads, n, dim] -> float32 [t, kv_heads * group * dim].
+def attend(rows: torch.Tensor, k: Int8, v: Int8, mask: torch.Tensor | None, scale: float, one: bool) -> torch.Tensor:
+    """rows [kv_heads, r, dim] over k, v [kv_heads, n, dim] -> [kv_heads, r, dim]; :func:`edge.engine.attend.attend`.
 
-    ``mask`` bool [t, n] marks what each query sees. Shapes depend on nothing but shapes, and nothing waits for the
-    device: a recorded step may call this.
+    Shapes depend on nothing but shapes, and nothing waits for the device: a recorded step may call this.
     """
-    tokens, kv_heads, group, dim = q.shape
-    rows = q.permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, dim)
-    if mask is not None:
-        mask = mask.expand(group, *mask.shape).reshape(group * tokens, -1)
-    some = over_tiles if q.is_cpu else over_heads
-    out = some(rows, k, v, mask, scale)
-    return out.view(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, -1).float()
+    return over_tiles(rows, k, v, mask, scale) if rows.is_cpu else over_heads(rows, k, v, mask, scale, one)
 
 
-def over_heads(rows: torch.Tensor, k: Int8, v: Int8, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def over_heads(
+    rows: torch.Tensor, k: Int8, v: Int8, mask: torch.Tensor | None, scale: float, one: bool
+) -> torch.Tensor:
     """rows [kv_heads, r, dim] -> the same; as many heads at a time as the bound holds widened."""
     heads, n, dim = k.shape
     step = min(heads, max(1, CUDA_TILE // (2 * n * dim * rows.element_size())))
     wide = torch.empty((2, step, n, dim), dtype=rows.dtype, device=rows.device)
-    out = torch.empty_like(rows)
+    out = torch.empty(rows.shape, device=rows.device)
     for start in range(0, heads, step):
         part = slice(start, min(start + step, heads))
         size = part.stop - start
         ks, vs = k[part].widened(wide[0, :size]), v[part].widened(wide[1, :size])
-        out[part] = functional.scaled_dot_product_attention(rows[None, part], ks[None], vs[None], mask, scale=scale)[0]
+        out[part] = attend_widened(rows[part], ks, vs, mask, scale, one)
     return out
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from edge.budget.price import TILE_BYTES
 from edge.engine import kv_int8
+from edge.engine.attend import attend
 from edge.engine.kv import Keys, Stored
 from edge.engine.native.blocks import Matrix, available
 from edge.engine.torch_blocks import Blocks, Native
@@ -162,7 +163,7 @@ class TorchOps:
         tokens, heads, dim = q.shape
         grouped = q.view(tokens, kv.k.shape[0], heads // kv.k.shape[0], dim).to(kv.k.dtype)
         if kv.first is None:
-            return attend(grouped, kv.k, kv.v, kv.mask, scale)
+            return attended(grouped, kv.k, kv.v, kv.mask, scale)
         origin, out = kv.end - tokens, []
         step = max(1, MASK_BYTES // (4 * kv.k.shape[1] * grouped.shape[2]))
         for start in range(0, tokens, step):
@@ -172,7 +173,7 @@ class TorchOps:
             mask = None
             if stop - start > 1:
                 mask = visible(origin + start, stop - start, kv.first + seen, last - seen, window, chunk, q.device)
-            out.append(attend(grouped[start:stop], kv.k[:, seen:last], kv.v[:, seen:last], mask, scale))
+            out.append(attended(grouped[start:stop], kv.k[:, seen:last], kv.v[:, seen:last], mask, scale))
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def route(
@@ -246,27 +247,22 @@ def visible(
     return k <= q if chunk is None else (k <= q) & (k >= q // chunk * chunk)
 
 
-def attend(q: torch.Tensor, k: Stored, v: Stored, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def attended(q: torch.Tensor, k: Stored, v: Stored, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """q [t, kv_heads, group, dim] over k [kv_heads, n, dim] and v -> float32 [t, kv_heads * group * value dim].
 
-    The heads of a group become further queries of their one key head, so keys are never repeated in memory. Values
-    that are shorter than keys are the keys' own first ones (:class:`Keys`): torch has no fused form for two lengths
-    and would copy the cache, so whole keys are summed and the end of the sum is dropped.
+    The heads of a group become further queries of their one key head, so keys are never repeated in memory.
     """
-    if isinstance(k, kv_int8.Int8):
-        assert isinstance(v, kv_int8.Int8)
-        return kv_int8.attend(q, k, v, mask, scale)
-    assert isinstance(v, torch.Tensor)
     tokens, kv_heads, group, dim = q.shape
-    values = v.shape[-1]
-    if values != dim:
-        v = k
-    rows = q.permute(1, 2, 0, 3).reshape(1, kv_heads, group * tokens, dim)
+    rows = q.permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, dim)
     if mask is not None:
         mask = mask.expand(group, *mask.shape).reshape(group * tokens, -1)
-    out = functional.scaled_dot_product_attention(rows, k[None], v[None], mask, scale=scale)
-    out = out.view(kv_heads, group, tokens, dim)[..., :values]
-    return out.permute(2, 0, 1, 3).reshape(tokens, -1).float()
+    if isinstance(k, kv_int8.Int8):
+        assert isinstance(v, kv_int8.Int8)
+        out = kv_int8.attend(rows, k, v, mask, scale, tokens == 1)
+    else:
+        assert isinstance(v, torch.Tensor)
+        out = attend(rows, k, v, mask, scale, tokens == 1)
+    return out.view(kv_heads, group, tokens, -1).permute(2, 0, 1, 3).reshape(tokens, -1).float()
 
 
 def frequencies(rope: Rope) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from loaders.errors import BadCheckpoint
 from loaders.families import Family
 from loaders.families.common import OLD_BUFFERS, PRE_NORM_NAMES, common, context, count, eps, size, vocab
-from loaders.families.rope import mscale, rope
+from loaders.families.rope import mscale, rope, weight
 from loaders.formats.config import Config
 from loaders.formats.placed import FP8_BLOCK
 from loaders.layout import Place
@@ -74,7 +74,7 @@ def sharpened(config: Config, scaling: object) -> float:
     if not isinstance(scaling, Yarn):
         return 1.0
     subs = [config.sub(key, default=None) for key in ("rope_parameters", "rope_scaling")]
-    weights = {sub.float("mscale_all_dim", default=0.0, low=-1.0) for sub in subs if sub is not None}
+    weights = {weight(sub, "mscale_all_dim") for sub in subs if sub is not None}
     if len(weights) > 1:
         expected = "the same as in rope_parameters"
         raise BadCheckpoint("another", file=config.file, field="rope_scaling.mscale_all_dim", expected=expected)

@@ -117,7 +117,7 @@ def rope(text: Config, kind: str, head: int) -> Rope:
     if both is None:
         return Rope(1e4, head) if kind == SLIDING else Rope(1e6, head, Proportional(head // 8))
     own = both.sub(kind)
-    return rope_of(own, head, context(text, 131_072), own.float("rope_theta", low=0.0), ("default", "proportional"))
+    return rope_of(own, head, context(text, 131_072), own.float("rope_theta"), ("default", "proportional"))
 
 
 FAMILY = Family("Gemma 4 text, E2B and E4B", ("gemma4", "gemma4_text"), parse, NAMES, UNSHARED, TEXT_ONLY)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 from loaders.errors import BadCheckpoint
-from loaders.formats.config import Config
+from loaders.formats.config import REQUIRED, Config, Required
 from loaders.network.spec import Linear, Llama3Scaling, Proportional, Rope, Yarn
 
 PLAIN = ("default", "llama3")
+# Published bases go to 10^9 and factors to 40. Beyond these, angles or their logarithms are no numbers any more.
+LEAST_BASE, MOST_BASE = 1.0, 1e15
+LEAST, MOST = 1e-3, 1e6
 
 
 def rope(config: Config, dim: int, context: int, theta: float = 10_000.0, kinds: tuple[str, ...] = PLAIN) -> Rope:
@@ -28,7 +31,7 @@ def agreed(
     kinds: tuple[str, ...] = PLAIN,
 ) -> Rope:
     """One rotation from both spellings. Files may carry the old one beside the new; the two must then agree."""
-    outer = config.float(base, default=None, low=0.0)
+    outer = config.float(base, default=None, low=LEAST_BASE, high=MOST_BASE)
     old = config.sub(scaling, default=None) if scaling is not None else None
     theta = theta if outer is None else outer
     if new is None:
@@ -45,7 +48,7 @@ def agreed(
 
 def rope_of(sub: Config, dim: int, context: int, theta: float, kinds: tuple[str, ...] = PLAIN) -> Rope:
     """One set of rope parameters; ``theta`` is what holds when it names none."""
-    theta = sub.float("rope_theta", default=theta, low=0.0)
+    theta = sub.float("rope_theta", default=theta, low=LEAST_BASE, high=MOST_BASE)
     kind = sub.str("rope_type", "type", default="default", choices=kinds)
     if kind == "proportional":
         return Rope(theta, dim, proportional(sub, dim))
@@ -54,33 +57,45 @@ def rope_of(sub: Config, dim: int, context: int, theta: float, kinds: tuple[str,
         return Rope(theta, dim, llama3(sub, context))
     if kind == "yarn":
         return Rope(theta, dim, yarn(sub, context))
-    return Rope(theta, dim, Linear(sub.float("factor", low=0.0)) if kind == "linear" else None)
+    return Rope(theta, dim, Linear(number(sub, "factor")) if kind == "linear" else None)
 
 
 def llama3(sub: Config, context: int) -> Llama3Scaling:
     """The four numbers of Llama 3.1."""
-    low, high = sub.float("low_freq_factor", low=0.0), sub.float("high_freq_factor", low=0.0)
+    low, high = number(sub, "low_freq_factor"), number(sub, "high_freq_factor")
     if high < low:  # Llama 4 Scout has both at 1: a step where the others have a ramp
         expected = f"at least low_freq_factor={low}"
         raise BadCheckpoint(high, file=sub.file, field=sub.field("high_freq_factor"), expected=expected)
     original = sub.int("original_max_position_embeddings", default=context)
-    return Llama3Scaling(sub.float("factor", low=0.0), low, high, original)
+    return Llama3Scaling(number(sub, "factor"), low, high, original)
 
 
 def yarn(sub: Config, context: int) -> Yarn:
     """YaRN; cosine and sine grow by what the file says, or by what its two mscales come to."""
-    factor = sub.float("factor", low=0.0)
-    every = sub.float("mscale_all_dim", default=0.0, low=-1.0)
-    one = sub.float("mscale", default=0.0, low=-1.0)
+    factor = number(sub, "factor")
+    every, one = weight(sub, "mscale_all_dim"), weight(sub, "mscale")
     default = mscale(factor, one) / mscale(factor, every) if one and every else mscale(factor, 1.0)
     return Yarn(
         factor=factor,
         original=sub.int("original_max_position_embeddings", default=context),
-        attention=sub.float("attention_factor", default=default, low=0.0),
-        fast=sub.float("beta_fast", default=32.0, low=0.0),
-        slow=sub.float("beta_slow", default=1.0, low=0.0),
+        attention=number(sub, "attention_factor", default),
+        fast=number(sub, "beta_fast", 32.0),
+        slow=number(sub, "beta_slow", 1.0),
         truncate=sub.bool("truncate", default=True),
     )
+
+
+def number(sub: Config, key: str, default: float | Required = REQUIRED) -> float:
+    """A factor that leaves angles finite."""
+    return sub.float(key, default=default, low=LEAST, high=MOST)
+
+
+def weight(sub: Config, key: str) -> float:
+    """One of YaRN's two mscales; 0 stands for none."""
+    found = sub.float(key, default=0.0, high=MOST)
+    if found < 0.0:
+        raise BadCheckpoint(found, file=sub.file, field=sub.field(key), expected="0 or more")
+    return found
 
 
 def mscale(factor: float, weight: float) -> float:

@@ -18,6 +18,8 @@ from loaders.network.tensors import tensors
 Dim = int | str
 Dims = tuple[Dim, ...]
 TOKENS = "t"
+# Not "positions": that is the name of a weight where positions are learned.
+POSITIONS = "token_positions"
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ class Recorder:
 
     def __init__(self, model: Model) -> None:
         self.graph, self._table = Graph(), tensors(model)
-        self.positions = self.input("positions", (TOKENS,))
+        self.positions = self.input(POSITIONS, (TOKENS,))
 
     def input(self, name: str, shape: Dims) -> Recorded:
         self.graph.inputs[name] = shape
         return Recorded(self, name, shape)
 
     def weight(self, name: str) -> Recorded:
+        check(name not in self.graph.inputs, "weight", name)
         self.graph.weights[name] = self._table[name]
         return Recorded(self, name, self._table[name])
 
@@ -114,10 +117,11 @@ class Recorder:
         return self.node("rms", (x,), (*x.shape[:-1], 1), floor=floor)
 
     def rope(self, x: Recorded, positions: Recorded, rope: Rope) -> Recorded:
-        check(x.shape[0] == positions.shape[0], "rope", x.shape, positions.shape)
+        check(x.shape[0] == positions.shape[0] and rope.dim <= int(x.shape[-1]), "rope", x.shape, positions.shape)
         return self.node("rope", (x, positions), x.shape, rope=rope)
 
     def temperature(self, x: Recorded, positions: Recorded, temperature: Temperature) -> Recorded:
+        check(x.shape[0] == positions.shape[0], "temperature", x.shape, positions.shape)
         return self.node("temperature", (x, positions), x.shape, temperature=temperature)
 
     def attention(
@@ -129,18 +133,22 @@ class Recorder:
         window: int | None,
         chunk: int | None = None,
     ) -> Recorded:
+        check(q.shape[0] == positions.shape[0], "attention", q.shape, positions.shape)
+        check(int(q.shape[1]) % int(kv.shape[1]) == 0, "attention", q.shape, kv.shape)
         # A handle's shape ends with the size of its values, which need not be that of its keys.
         shape = (q.shape[0], int(q.shape[1]) * int(kv.shape[-1]))
         return self.node("attention", (q, kv, positions), shape, scale=scale, window=window, chunk=chunk)
 
     def route(self, logits: Recorded, bias: Recorded | None, experts: int, active: int, router: Router) -> Recorded:
-        check(logits.shape[-1] == experts, "route", logits.shape)
+        check(logits.shape[-1] == experts >= active, "route", logits.shape, active)
+        check(bias is None or bias.shape == (experts,), "route", logits.shape, bias and bias.shape)
         inputs = (logits,) if bias is None else (logits, bias)
         return self.node("route", inputs, logits.shape, experts=experts, active=active, router=router)
 
     def experts(
         self, x: Recorded, weights: Recorded, gate: Recorded, up: Recorded, down: Recorded, spec: Experts
     ) -> Recorded:
+        check(weights.shape == (x.shape[0], spec.experts), "experts", x.shape, weights.shape)
         wide, narrow = (spec.experts, spec.width, x.shape[1]), (spec.experts, x.shape[1], spec.width)
         check((gate.shape, up.shape, down.shape) == (wide, wide, narrow), "experts", gate.shape, up.shape, down.shape)
         return self.node("experts", (x, weights, gate, up, down), x.shape, spec=spec)
@@ -162,6 +170,8 @@ class Recorder:
         return self.node("slice", (x,), shape, axis=axis, start=start, stop=stop)
 
     def concat(self, xs: Sequence[Recorded], axis: int) -> Recorded:
+        rest = {(*x.shape[:axis], *x.shape[axis + 1 :]) for x in xs}
+        check(len(rest) == 1, "concat", *(x.shape for x in xs))
         total = sum(int(x.shape[axis]) for x in xs)
         return self.node("concat", xs, (*xs[0].shape[:axis], total, *xs[0].shape[axis + 1 :]), axis=axis)
 
@@ -169,14 +179,16 @@ class Recorder:
         return self.node("last", (x,), (1, *x.shape[1:]))
 
     def append(self, layer: int, k: Recorded, v: Recorded, window: int | None, chunk: int | None = None) -> Recorded:
+        check(k.shape == v.shape, "append", k.shape, v.shape)
         return self.node("append", (k, v), ("kv", *v.shape[1:]), layer=layer, window=window, chunk=chunk)
 
     def append_latent(self, layer: int, entry: Recorded, rank: int) -> Recorded:
+        check(len(entry.shape) == 2 and 0 < rank < int(entry.shape[1]), "append_latent", entry.shape, rank)
         return self.node("append_latent", (entry,), ("kv", 1, rank), layer=layer, rank=rank)
 
 
 def record(model: Model, *, want: Want = "last") -> Graph:
-    """The graph of one forward pass: inputs ``ids``, ``positions`` and (with PLE) ``ple``; output logits."""
+    """The graph of one forward pass: inputs ``ids``, ``token_positions`` and (with PLE) ``ple``; output logits."""
     recorder = Recorder(model)
     ids = recorder.input("ids", (TOKENS,))
     ple = None
@@ -190,7 +202,7 @@ def record(model: Model, *, want: Want = "last") -> Graph:
 def replay(graph: Graph, op: Ops, w: Weights, inputs: dict[str, Any], cache: Cache) -> Any:
     """Executes a graph node by node on any backend: what a lowering must reproduce."""
     result: Any
-    values: dict[str, Any] = {**inputs, "positions": cache.positions}
+    values: dict[str, Any] = {**inputs, POSITIONS: cache.positions}
     arithmetic = {
         "add": lambda a, b: a + b,
         "sub": lambda a, b: a - b,
