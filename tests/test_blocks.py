@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import cmath
 import math
-from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -13,14 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from edge.engine import torch_ops
 from edge.engine.kv import KVCache
-from edge.engine.torch_ops import TorchOps, frequencies
+from edge.engine.torch_ops import TorchOps
 from loaders.network import altup, blocks
-from loaders.network.spec import AltUp, Attention, Gated, Layer, Llama3Scaling, Model, Rope
+from loaders.network.spec import AltUp, Attention, Gated, Layer, Model
 
 CPU = torch.device("cpu")
 KV, HEADS, DIM = 2, 6, 4
@@ -156,90 +152,6 @@ def test_cache_has_nothing_for_layers_that_share() -> None:
     layers = (*model.layers[:2], Layer(Attention(HEADS, KV, DIM, 1.0, None, 4, kv_from=0), third.ffn))
     cache = KVCache(Model("test", 16, 8, layers, 1e-6, True, 512), 32, torch.float32, CPU)
     assert {i: k.shape for i, (k, _) in cache.layers.items()} == {0: (KV, 4, DIM), 1: (KV, 32, DIM)}
-
-
-# ---------------------------------------------------------------------------------------------------------------- rope
-
-
-def naive_rope(x: np.ndarray, positions: Sequence[int], angles: Sequence[float]) -> np.ndarray:
-    """Each pair (i, i + half) is a complex number, turned by its angle times the position."""
-    out, half = x.copy(), len(angles)
-    for t, position in enumerate(positions):
-        for h in range(x.shape[1]):
-            for i, angle in enumerate(angles):
-                z = complex(x[t, h, i], x[t, h, i + half]) * cmath.exp(1j * angle * position)
-                out[t, h, i], out[t, h, i + half] = z.real, z.imag
-    return out
-
-
-@pytest.mark.parametrize("dim", [8, 12])
-@pytest.mark.parametrize("start", [0, 5, 900])
-def test_rope_turns_complex_numbers(dim: int, start: int) -> None:
-    rope, positions = Rope(10_000.0, dim), list(range(start, start + 5))
-    x = random(5, 3, 12)
-    found = op().rope(x, torch.tensor(positions), rope)
-    angles = [rope.theta ** (-2 * i / dim) for i in range(dim // 2)]
-    # An angle of 900 radians has an error of 3e-5 in float32.
-    close(found, naive_rope(array(x), positions, angles), 1e-6 * max(1, start / 10))
-    if dim < 12:
-        assert torch.equal(found[..., dim:], x[..., dim:])
-
-
-def test_rope_is_worked_out_again_for_every_pass() -> None:
-    ops, rope, x = op(), Rope(10_000.0, 4), random(1, 1, 4)
-    first = ops.rope(x, torch.tensor([3]), rope)
-    ops.begin()
-    assert not torch.equal(ops.rope(x, torch.tensor([4]), rope), first)
-    assert torch.equal(ops.rope(x, torch.tensor([4]), rope), op().rope(x, torch.tensor([4]), rope))
-    other = Rope(500.0, 4)
-    assert not torch.equal(ops.rope(x, torch.tensor([4]), other), ops.rope(x, torch.tensor([4]), rope))
-
-
-@pytest.mark.parametrize(
-    ("theta", "dim", "scaling"),
-    [
-        (500_000.0, 64, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
-        (500_000.0, 128, Llama3Scaling(8.0, 1.0, 4.0, 8192)),
-        (500_000.0, 16, Llama3Scaling(32.0, 1.0, 4.0, 128)),
-        (10_000.0, 32, Llama3Scaling(3.0, 0.5, 7.0, 100)),
-    ],
-)
-def test_llama3_frequencies(theta: float, dim: int, scaling: Llama3Scaling) -> None:
-    """Against transformers, and against the formula written as the three cases it is."""
-    parameters = {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.original,
-    }
-    config = LlamaConfig(head_dim=dim, hidden_size=dim, num_attention_heads=1, rope_parameters=parameters)
-    theirs, factor = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    assert factor == 1.0
-    found = frequencies(Rope(theta, dim, scaling))
-    close(found / theirs, np.ones(dim // 2), 1e-6)
-    bands = set()
-    for i, frequency in enumerate(found.tolist()):
-        plain = theta ** (-2 * i / dim)
-        wavelength = 2 * math.pi / plain
-        if wavelength > scaling.original / scaling.low:
-            wanted, band = plain / scaling.factor, "low"
-        elif wavelength < scaling.original / scaling.high:
-            wanted, band = plain, "high"
-        else:
-            smooth = (scaling.original / wavelength - scaling.low) / (scaling.high - scaling.low)
-            wanted, band = (1 - smooth) * plain / scaling.factor + smooth * plain, "middle"
-        bands.add(band)
-        assert frequency == pytest.approx(wanted, rel=1e-5)
-    assert bands == {"low", "middle", "high"}
-
-
-def test_plain_frequencies_equal_transformers_bit_for_bit() -> None:
-    """In float32 an angle far into a text depends on the last bit of its frequency."""
-    for theta, dim in ((10_000.0, 256), (1_000_000.0, 256), (500_000.0, 64)):
-        theirs = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
-        assert torch.equal(frequencies(Rope(theta, dim)), theirs)
 
 
 # ------------------------------------------------------------------------------------------------- element-wise, norms

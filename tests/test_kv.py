@@ -221,7 +221,7 @@ def test_a_chunk_holds_the_newest_chunk(sizes: list[int]) -> None:
 
 
 def test_latent_values_are_the_keys_own_memory() -> None:
-    a = LatentAttention(128, None, 512, 128, 128, SCALE, Rope(1e4, 64))
+    a = LAYERS[-1]
     cache = KVCache(model_of(a), 16, torch.bfloat16, CPU)
     cache.begin(3)
     keys = cache.append_latent(0, torch.randn(3, 576), 512)
@@ -237,9 +237,8 @@ def test_attention_over_latents_copies_no_cache(dtype: torch.dtype, tokens: int)
     keys, rank, n = torch.randn(1, 8192, 144, dtype=dtype), 128, 8192
     handle = Keys(keys, keys[..., :rank], 0, n)
     q = torch.randn(tokens, 4, 144)
-    ops = TorchOps(CPU)
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
-        ops.attention(q, handle, torch.arange(n - tokens, n), SCALE, None)
+        TorchOps(CPU).attention(q, handle, torch.arange(n - tokens, n), SCALE, None)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert allocated < keys.nbytes / 2
 
@@ -307,7 +306,7 @@ def test_int8_keys_change_logits_little(name: str) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- pricing
 
-GEMMA4 = (
+LAYERS = (
     Attention(8, 1, 256, 1.0, None, window=512),
     Attention(8, 2, 512, 1.0, None),
     Attention(8, 1, 256, 1.0, None, window=512, kv_from=0),
@@ -320,7 +319,7 @@ GEMMA4 = (
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("context", [1, 95, 96, 100, 512, 1500])
 def test_buffers_are_the_bytes_that_were_priced(precision: str, context: int) -> None:
-    model = model_of(*GEMMA4)
+    model = model_of(*LAYERS)
     cache = KVCache(model, context, KINDS[precision], CPU)
     memory: dict[int, int] = {}
     for pair in cache.layers.values():
@@ -334,25 +333,24 @@ def test_buffers_are_the_bytes_that_were_priced(precision: str, context: int) ->
 
 def test_priced_by_kind() -> None:
     """Bytes per token and layer, by hand; nothing grows past a window or a chunk."""
-    at = [kv_token_bytes(a, "int8") for a in GEMMA4]
+    at = [kv_token_bytes(a, "int8") for a in LAYERS]
     assert at == [512 + 32, 2048 + 128, 0, 2048 + 128, 4000 + 100, 1152]
-    assert [kv_token_bytes(a, "float32") for a in GEMMA4] == [2048, 8192, 0, 8192, 16000, 2304]
-    assert [kv_capacity(a, 1500) for a in GEMMA4] == [512, 1500, 512, 96, 1500, 1500]
-    bounded = model_of(GEMMA4[0], GEMMA4[3])
+    assert [kv_token_bytes(a, "float32") for a in LAYERS] == [2048, 8192, 0, 8192, 16000, 2304]
+    assert [kv_capacity(a, 1500) for a in LAYERS] == [512, 1500, 512, 96, 1500, 1500]
+    bounded = model_of(LAYERS[0], LAYERS[3])
     for precision in KINDS:
         assert kv_bytes(bounded, 512, precision) == kv_bytes(bounded, 100_000, precision)
 
 
 def test_scratch_by_kind() -> None:
     """Ordered copies only where something wraps; more for layers whose copies outlive their own."""
-    ring, sharer, full = GEMMA4[0], GEMMA4[2], GEMMA4[1]
-    assert kv_scratch_bytes(model_of(full), 64, 4096, "bf16") == 0
-    assert kv_scratch_bytes(model_of(ring), 64, 512, "bf16") == 0
+    ring, sharer, full = LAYERS[0], LAYERS[2], LAYERS[1]
+    assert kv_scratch_bytes(model_of(full), 64, 4096, "bf16") == kv_scratch_bytes(model_of(ring), 64, 512, "bf16") == 0
     one = 1024 * (512 + 64)
     assert kv_scratch_bytes(model_of(ring, ring), 64, 513, "bf16") == one
     assert kv_scratch_bytes(model_of(ring, ring, sharer), 64, 513, "bf16") == 2 * one
     assert kv_scratch_bytes(model_of(ring, sharer), 64, 513, "bf16") == one
-    assert kv_scratch_bytes(model_of(GEMMA4[5]), 64, 4096, "int8") == 0
+    assert kv_scratch_bytes(model_of(LAYERS[5]), 64, 4096, "int8") == 0
     assert len({kv_scratch_bytes(model_of(full), 64, context, "int8") for context in (4096, 1 << 16)}) == 1
 
 

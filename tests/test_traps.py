@@ -100,8 +100,8 @@ def test_trap_02_one_pass_equals_token_by_token_past_the_window(
     assert_close(steps(session, ids), logits)
     whole = KVCache.append
 
-    def trimmed(self: KVCache, layer: int, k: Any, v: Any, window: int | None) -> Any:
-        keys = whole(self, layer, k, v, window)
+    def trimmed(self: KVCache, layer: int, k: Any, v: Any, window: int | None, chunk: int | None = None) -> Any:
+        keys = whole(self, layer, k, v, window, chunk)
         size = keys.k.shape[1]
         if window is None or size < window:
             return keys
@@ -135,13 +135,13 @@ def test_trap_04_gate_is_shifted_not_masked(session: Session, right: Right, monk
 
 
 def test_trap_04_cut_comes_before_the_activation(session: Session, right: Right, monkeypatch: Patch) -> None:
-    def late(op: TorchOps, f: Any, w: Any, x: Any) -> Any:
+    def late(op: TorchOps, f: Any, w: Any, x: Any, scope: str = "ffn") -> Any:
         gate = op.activation(op.linear(x, w("ffn.gate")), f.activation)
         if f.sparsity > 0:
             gate = op.gaussian_topk(gate, 1.6448536)
         return op.linear(gate * op.linear(x, w("ffn.up")), w("ffn.down"))
 
-    monkeypatch.setattr(altup, "gated", late)
+    monkeypatch.setattr(blocks, "gated", late)
     assert wrong(session, right) > NOTICED
 
 

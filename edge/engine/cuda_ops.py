@@ -116,7 +116,7 @@ class CudaOps(TorchOps):
 
     def rope(self, x: torch.Tensor, positions: torch.Tensor, rope: Rope) -> torch.Tensor:
         tokens, heads, dim = x.shape
-        if rope.dim != dim:
+        if rope.dim != dim or rope.interleaved:
             return super().rope(x, positions, rope)
         cos, sin = self.rotation(positions, rope)
         x, out, half = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), dim // 2

@@ -46,6 +46,7 @@ def parse(config: Config) -> Model:
 def latent(config: Config, positions: int) -> LatentAttention:
     """Attention over one latent per token. A head is ``qk_nope_head_dim`` values and ``qk_rope_head_dim`` rotated."""
     heads = config.int("num_attention_heads", high=1 << 16)
+    config.int("num_key_value_heads", default=heads, high=1 << 16)
     config.expect("num_key_value_heads", heads)
     nope, turned = (
         config.int(f"qk_{part}_head_dim", default=n, high=1 << 14) for part, n in (("nope", 128), ("rope", 64))

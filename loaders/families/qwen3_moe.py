@@ -45,7 +45,8 @@ def parse(config: Config) -> Model:
     rotation = rope(config, head, positions)
     attention = Attention(q, kv, head, head**-0.5, rotation, window(config), qk_norm="head")
     dense, mixture = Gated(size(config, "intermediate_size"), "silu"), experts(config)
-    ffns: list[FeedForward] = [dense if i in set(dense_layers(config, layers)) else mixture for i in range(layers)]
+    kept = dense_layers(config, layers)
+    ffns: list[FeedForward] = [dense if i in kept else mixture for i in range(layers)]
     return Model(
         family="qwen3_moe",
         vocab=vocab(config),
@@ -81,11 +82,11 @@ def experts(config: Config) -> Experts:
     return Experts(total, active, size(config, "moe_intermediate_size"), "silu", router)
 
 
-def dense_layers(config: Config, layers: int) -> list[int]:
+def dense_layers(config: Config, layers: int) -> set[int]:
     """Layers named one by one, and all whose number, counted from 1, the step does not divide."""
     named = config.ints("mlp_only_layers", default=(), low=0, high=layers - 1)
     step = config.int("decoder_sparse_step", default=1)
-    return [i for i in range(layers) if i in named or (i + 1) % step]
+    return {*named, *(i for i in range(layers) if (i + 1) % step)}
 
 
 FAMILY = Family("Qwen3 MoE", ("qwen3_moe",), parse, NAMES, OLD_BUFFERS)

@@ -37,19 +37,20 @@ def altup_decoder(
     e = op.embed(w("embed"), ids) * spec.embed_scale
     ple = ple_context(op, w, e, ple, len(spec.layers), spec.dim, width, spec.eps)
     h = expand(op, altup, w, e, spec.dim)
-    kv: dict[int, Value] = {}
+    shared: dict[int, Value] = {}
     for i, layer in enumerate(spec.layers):
         a, lw = layer.attention, scoped(w, f"layers.{i}.")
         h = predict(op, altup, lw, h, spec.dim, spec.eps)
         n = op.norm(stream(op, h, altup.active, spec.dim), lw("norm.attn_in"), spec.eps)
-        if a.kv_from is None:
-            kv[i] = keys_values(op, a, lw, n, positions, cache, i, spec.eps)
+        kv = keys_values(op, a, lw, n, positions, cache, i, spec.eps) if a.kv_from is None else shared[a.kv_from]
+        if i in spec.donors:
+            shared[i] = kv
         if i == spec.last_writer and want == "none":
             return None
         if i == spec.last_writer and want == "last":
             h, n, ple, positions = op.last(h), op.last(n), op.last(ple), op.last(positions)
         active = stream(op, h, altup.active, spec.dim)
-        attn = attention(op, a, lw, n, positions, kv[i if a.kv_from is None else a.kv_from], spec.eps)
+        attn = attention(op, a, lw, n, positions, kv, spec.eps)
         attn = op.norm(attn, lw("norm.attn_out"), spec.eps)
         y = (active + attn + laurel(op, lw, n, spec.eps)) * sqrt(0.5)
         f = feed_forward(op, layer.ffn, lw, op.norm(y, lw("norm.ffn_in"), spec.eps))

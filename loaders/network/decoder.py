@@ -33,18 +33,20 @@ def decoder(
     if spec.ple is not None:
         assert ple is not None
         ple = ple_context(op, w, h, ple, len(spec.layers), spec.dim, spec.ple.dim, spec.eps)
-    kv: dict[int, Value] = {}
+    # A handle may be a copy of what a window shows: only those that other layers read are held.
+    shared: dict[int, Value] = {}
     for i, layer in enumerate(spec.layers):
         a, lw = layer.attention, scoped(w, f"layers.{i}.")
         n = at(op, spec, layer, lw, "attn_in", h)
-        if a.kv_from is None:
-            kv[i] = keys_values(op, a, lw, n, positions, cache, i, spec.eps)
+        kv = keys_values(op, a, lw, n, positions, cache, i, spec.eps) if a.kv_from is None else shared[a.kv_from]
+        if i in spec.donors:
+            shared[i] = kv
         if i == spec.last_writer and want == "none":
             return None
         if i == spec.last_writer and want == "last":
             h, n, positions = op.last(h), op.last(n), op.last(positions)
             ple = None if ple is None else op.last(ple)
-        attn = attention(op, a, lw, n, positions, kv[i if a.kv_from is None else a.kv_from], spec.eps)
+        attn = attention(op, a, lw, n, positions, kv, spec.eps)
         h = h + at(op, spec, layer, lw, "attn_out", attn)
         f = feed_forward(op, layer.ffn, lw, at(op, spec, layer, lw, "ffn_in", h))
         h = h + at(op, spec, layer, lw, "ffn_out", f)

@@ -287,6 +287,12 @@ class Model:
         return max(i for i, layer in enumerate(self.layers) if layer.attention.kv_from is None)
 
     @cached_property
+    def donors(self) -> frozenset[int]:
+        """Layers whose keys and values other layers read too."""
+        found = (layer.attention.kv_from for layer in self.layers)
+        return frozenset(source for source in found if source is not None)
+
+    @cached_property
     def runs(self) -> tuple[tuple[int, int, Layer], ...]:
         """(first, last, layer) for each run of equal layers; what ``edge inspect`` prints a row for."""
         runs: list[tuple[int, int, Layer]] = []
