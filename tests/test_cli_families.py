@@ -22,9 +22,10 @@ import edge
 from edge import engine as engines
 from edge.budget import machine
 from edge.budget.plan import Floor
+from loaders.checkpoint import Checkpoint
 from loaders.errors import EdgeError
 from loaders.network.rotary import frequencies
-from loaders.network.spec import LatentAttention
+from loaders.network.spec import LatentAttention, Model
 from loaders.network.tensors import active, tensors, total
 from tests import makers
 from tests.command import ENOUGH, PROMPT, Cli, Done, cli_fixture, refused  # noqa: F401
@@ -119,20 +120,23 @@ def test_what_is_planned_is_what_runs(cli: Cli, spoken: Spoken, name: str) -> No
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_small_cache_is_said_in_the_plan(cli: Cli, spoken: Spoken, name: str) -> None:
-    """Latent entries keep their precision; every other cache shrinks."""
-    kv = [run(cli, spoken(name), "--precision", "float32", "--kv", k, *ENOUGH)["plan"] for k in ("float32", "int8")]
-    latent = isinstance(parse(text_of(name)).layers[0].attention, LatentAttention)
-    assert (kv[1]["bytes"]["kv"] == kv[0]["bytes"]["kv"]) == latent
+    """Latent entries keep their 16 bits; every other cache shrinks."""
+    folder, pinned = spoken(name), ("--precision", "float32", "--slice", "full", "-c", 64, *ENOUGH)
+    wide = well(cli("plan", folder, "--json", "--kv", "bf16", *pinned)).json["plan"]["bytes"]["kv"]
+    narrow = run(cli, folder, "--kv", "int8", *pinned)["plan"]["bytes"]["kv"]
+    if isinstance(parse(text_of(name)).layers[0].attention, LatentAttention):
+        assert narrow == wide
+    else:
+        assert narrow < 0.9 * wide
 
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_pack_says_what_its_checkpoint_says(cli: Cli, spoken: Spoken, tmp_path: Path, name: str) -> None:
-    """A budget that has no room for more than int8 packs on the way, and that pack is the one written on purpose."""
+    """A run in int8 packs on its way; a pack that is written on purpose is the same."""
     folder, out = spoken(name), tmp_path / "pack"
-    rows = well(cli("plan", folder, "--json", "-c", 64, "--slice", "full", *ENOUGH)).json["candidates"]
-    budget = min(row["total_bytes"] for row in rows if (row["precision"], row["head"]) == ("int8", "int8"))
-    small = run(cli, folder, "--slice", "full", "--budget", budget)
-    assert (small["plan"]["precision"], small["plan"]["total_bytes"]) == ("int8", budget)
+    small = run(cli, folder, "--precision", "int8", *ENOUGH)
+    assert small["plan"]["precision"] == "int8"
+    assert str(folder) in [pack["source"] for pack in well(cli("pack", "--list", "--json")).json["packs"]]
     done = cli("pack", folder, "-o", out)
     assert (done.code, done.out) == (0, "")
     assert done.err.startswith(f"{out}: ")
@@ -260,17 +264,24 @@ def test_any_value_of_any_key_is_a_model_or_one_line(name: str, data: st.DataObj
     if isinstance(was, list) and was and data.draw(st.booleans()):
         value = [*was[:-1], value]
     started = time.process_time()
-    try:
-        model = parse(replaced(raw, place, value))
-    except EdgeError as e:
-        assert e.exit_code in (65, 78)
-        assert str(e).startswith("config.json: ")
-        assert str(e).isprintable()
+    found = model_or_error(replaced(raw, place, value))
+    if isinstance(found, EdgeError):
+        assert found.exit_code in (65, 78)
+        assert str(found).startswith("config.json: ")
+        assert str(found).isprintable()
     else:
-        assert all(type(n) is int and n > 0 for shape in tensors(model).values() for n in shape)
-        ropes = {layer.attention.rope for layer in model.layers} - {None}
+        assert all(type(n) is int and n > 0 for shape in tensors(found).values() for n in shape)
+        ropes = {layer.attention.rope for layer in found.layers} - {None}
         assert all(np.isfinite(frequencies(rope)).all() for rope in ropes if rope is not None)
     assert time.process_time() - started < MOST_SECONDS
+
+
+def model_or_error(raw: dict[str, Any]) -> Model | EdgeError:
+    """What comes of a config; any other error escapes."""
+    try:
+        return parse(raw)
+    except EdgeError as error:
+        return error
 
 
 @cache
@@ -287,10 +298,7 @@ def test_huge_sizes_take_no_memory(name: str) -> None:
         for place in places(shrunk(name)):
             if type(at_place(shrunk(name), place)) in (int, list):
                 for size in (1 << 10, 1 << 16, 1 << 20, 1 << 24, 2**31 - 1, 1 << 62):
-                    try:
-                        parse(replaced(shrunk(name), place, size))
-                    except EdgeError:
-                        continue
+                    model_or_error(replaced(shrunk(name), place, size))
         assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
     finally:
         tracemalloc.stop()
@@ -325,7 +333,7 @@ FUSED = "model.layers.1.feed_forward.experts."
 SCALE = f"{LATENT_EXPERT}_scale_inv"
 Weights = Callable[[Tensors], Tensors]
 WEIGHTS: dict[str, tuple[str, Weights, str, tuple[str, ...]]] = {
-    "moe-expert-missing": ("qwen3-30B-A3B", without(EXPERT), EXPERT, ("no such tensor", "[8, 24, 64]")),
+    "moe-expert-missing": ("qwen3-30B-A3B", without(EXPERT), EXPERT, ("no such tensor", "shape [24, 64]")),
     "moe-expert-turned": ("qwen3-30B-A3B", changed(EXPERT, turned), EXPERT, ("[64, 24]", "[24, 64]")),
     "moe-expert-short": ("qwen3-30B-A3B", changed(EXPERT, fewer), EXPERT, ("[23, 64]", "[24, 64]")),
     "moe-integers": ("qwen3-30B-A3B", changed(EXPERT, lambda t: t.to(torch.int8)), EXPERT, ("I8", "BF16")),
@@ -346,7 +354,7 @@ WEIGHTS: dict[str, tuple[str, Weights, str, tuple[str, ...]]] = {
         "deepseek-v3", lambda found: changed(SCALE, lambda t: torch.cat((t, t)))(quantized(found)), SCALE, ("[2, 1]",),
     ),
     "fused-turned": (
-        "llama-4-scout-17B-16E", changed(f"{FUSED}gate_up_proj", turned), "gate_up_proj", ("[8, 96, 64]", "[8, 64, 96]"),
+        "llama-4-scout-17B-16E", changed(f"{FUSED}gate_up_proj", turned), "up_proj", ("[8, 96, 64]", "[8, 64, 96]"),
     ),
     "fused-down-turned": (
         "llama-4-maverick-17B-128E", changed(f"{FUSED}down_proj", turned), "down_proj", ("[8, 64, 48]", "[8, 48, 64]"),
@@ -378,19 +386,11 @@ def test_bad_weights_are_one_line_that_names_the_tensor(cli: Cli, spoken: Spoken
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_tensor_too_few_and_one_too_many(cli: Cli, spoken: Spoken, tmp_path: Path, name: str) -> None:
-    names = sorted(t.name for t in shards(spoken(name)) if "layers." in t.name or "h." in t.name)
-    last = names[-1]
+    checkpoint = Checkpoint.open(spoken(name))
+    checkpoint.close()
+    last = max(tensor for tensor in checkpoint.shards.tensors if "layers." in tensor or ".h." in tensor)
     folder = variant(spoken(name), tmp_path / "few", without(last))
     refused(cli("inspect", folder), 65, last, "no such tensor", "num_hidden_layers")
     extra = last.rpartition(".")[0] + ".mystery"
     folder = variant(spoken(name), tmp_path / "many", lambda found: {**found, extra: torch.ones(3)})
     refused(cli("inspect", folder), 65, "no place for", extra)
-
-
-def shards(folder: Path) -> list[Any]:
-    """The stored tensors of a checkpoint."""
-    from loaders.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint.open(folder)
-    checkpoint.close()
-    return list(checkpoint.shards.tensors.values())

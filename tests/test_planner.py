@@ -522,7 +522,7 @@ def test_planning_e4b_is_fast() -> None:
     found = enumerate_plans(known("e4b"), Request(budget=6 * GB), FLOOR)
     assert time.process_time() - started < 0.5
     assert {(plan.precision, plan.recipe.head) for plan in found} == set(KEEPS) - {("float32", "float32")}
-    assert len(found) == 16 * 4 * 2 * len(CONTEXTS) * 3, "slices, recipes, tiers, contexts, chunks"
+    assert len(found) == 16 * 7 * 2 * len(CONTEXTS) * 3, "slices, recipes and their keys, tiers, contexts, chunks"
 
 
 # Two budgets: a GPU and its host

@@ -17,6 +17,7 @@ from edge.store.weights import Source, kept
 from loaders.errors import Usage, WontFit
 from loaders.families import NamedSlice
 from loaders.formats.pack import Pack, refuse_precision
+from loaders.formats.quant import BITS
 from loaders.formats.recipe import PRECISIONS, Recipe, recipes
 from loaders.network.matformer import Slice, sliced
 from loaders.network.spec import Experts, Model
@@ -126,7 +127,8 @@ class Plan(Mapping[str, Any]):
     def label(self) -> str:
         """One line for people."""
         tier = "" if self.ple == "none" else f", PLE table {WHERE[self.ple]}"
-        return f"{self.slice} in {self.recipe.label}{tier}, context {self.context}"
+        kv = "" if self.kv == usual_kv(self.recipe) else f" with keys and values in {self.kv}"
+        return f"{self.slice} in {self.recipe.label}{tier}, context {self.context}{kv}"
 
     def __getitem__(self, key: str) -> Any:
         return self.as_dict()[key]
@@ -262,10 +264,16 @@ def wanted_recipes(source: Source, text: str) -> tuple[Recipe, ...]:
 
 
 def wanted_kv(recipe: Recipe, text: str) -> tuple[str, ...]:
-    """Keys and values are kept as precise as the weights, in 16 bits where those have fewer."""
+    """Keys and values are kept as precise as the weights, or in the next format; in 16 bits where those have fewer."""
     if text != "auto":
         return (one_of("--kv", text, KV),)
-    return ("float32", "bf16") if recipe.precision == "float32" else ("bf16",)
+    first = usual_kv(recipe)
+    return KV[:2] if first == "float32" else KV[1:] if recipe.precision in BITS else (first,)
+
+
+def usual_kv(recipe: Recipe) -> str:
+    """What keys and values are kept in where nothing forces them lower."""
+    return "float32" if recipe.precision == "float32" else "bf16"
 
 
 def wanted_tiers(source: Source, request: Request) -> tuple[str, ...]:

@@ -95,7 +95,8 @@ def plan_lines(plan: Plan, request: Request, best: Plan) -> list[str]:
 
 
 def plan_table(plans: Sequence[Plan], chosen: Plan | None, request: Request, bandwidth: float | None = None) -> Table:
-    """One row per slice, precision and tier, at its longest chunk that fits: the best, and those around the chosen one.
+    """One row per slice, precision and tier, at its longest chunk and its most precise keys and values that fit: the
+    best, and those around the chosen one.
 
     ``bandwidth``, bytes per second, adds what decoding can reach at most.
     """
@@ -106,7 +107,7 @@ def plan_table(plans: Sequence[Plan], chosen: Plan | None, request: Request, ban
     speed = () if bandwidth is None else ("tokens/s <=",)
     for name in ("context", f"~{origin}", *plans[0].bytes, "total", *speed, "fits"):
         table.add_column(name, justify="right", no_wrap=True)
-    for plan in shortened(distinct(plans, request), chosen):
+    for plan in shortened(distinct(plans, request, kv=False), chosen):
         if plan is None:
             table.add_row("", "...")
             continue
@@ -156,11 +157,13 @@ def parameters(billions: float) -> str:
     return f"{billions:.2f}B" if billions >= 0.1 else f"{billions * 1000:.1f}M"
 
 
-def distinct(plans: Sequence[Plan], request: Request) -> list[Plan]:
-    """Plans without those that differ in the chunk only: the first that fits, else the smallest."""
+def distinct(plans: Sequence[Plan], request: Request, *, kv: bool = True) -> list[Plan]:
+    """Plans without those that differ in the chunk only, or without ``kv`` also in the format of keys and values: the
+    first that fits, else the smallest.
+    """
     best: dict[tuple[Any, ...], Plan] = {}
     for plan in plans:
-        key = (plan.part, plan.recipe, plan.ple, plan.kv, plan.context)
+        key = (plan.part, plan.recipe, plan.ple, plan.kv if kv else None, plan.context)
         held = best.get(key)
         if held is None or (held.over(request) > 0 and plan.over(request) < held.over(request)):
             best[key] = plan

@@ -15,10 +15,9 @@ from edge.engine.torch_blocks import BLOCK, Blocks
 from edge.engine.torch_experts import TINY, Stack
 from loaders.network.spec import Experts, Router
 
-# Rows and columns of a matrix that a program takes at once, and units of 8 bytes of codes.
-MOST_ROWS = 4
+# Rows that a program takes at once: more where they are narrow, as measured on an H100; and columns of 16-bit values.
+LEAST_ROWS, MOST_ROWS = 4, 32
 MOST_COLUMNS = 1024
-MOST_UNITS = 256
 
 
 @triton.jit
@@ -341,16 +340,17 @@ def arguments(
     """
     if not isinstance(stack, Blocks):
         _, each, columns = stack.shape
-        lanes = min(MOST_COLUMNS, triton.next_power_of_2(columns))
-        found = {"bits": 8 * stack.dtype.itemsize, "whole": 1, "rows": min(MOST_ROWS, floor_power(each))}
         # A wide program for 32-bit values would keep more of them than registers hold.
-        lanes = min(lanes, 512) if stack.dtype == torch.float32 else lanes
-        return (stack, stack), (each, 0, 0, columns), {**found, "lanes": lanes, "num_warps": 4}
+        most = MOST_COLUMNS // 2 if stack.dtype == torch.float32 else MOST_COLUMNS
+        lanes = min(most, triton.next_power_of_2(columns))
+        rows = min(floor_power(each), max(LEAST_ROWS, 2048 // lanes), MOST_ROWS)
+        options = {"bits": 8 * stack.dtype.itemsize, "whole": 1, "rows": rows, "lanes": lanes, "num_warps": 4}
+        return (stack, stack), (each, 0, 0, columns), options
     each, blocks = stack.rows // count, stack.width // BLOCK
     units = blocks * stack.bits // 2
-    lanes = min(MOST_UNITS, floor_power(units * active))
-    if active > 1:
-        lanes = min(lanes, 128)
-    found = {"bits": stack.bits, "whole": int(stack.cols == stack.width), "rows": min(MOST_ROWS, floor_power(each))}
-    options = {**found, "lanes": lanes, "num_warps": max(1, lanes // 32)}
-    return (stack.codes, stack.scales), (each, units, blocks, stack.cols), options
+    # One warp adds up without waiting for others; where only one sum is made of all experts, warps must fill the GPU.
+    lanes = min(128 if active > 1 else 64, floor_power(units * active))
+    warps = max(1, lanes // 32) if active > 1 else 1
+    rows = min(floor_power(each), max(LEAST_ROWS, 256 // lanes), MOST_ROWS)
+    found = {"bits": stack.bits, "whole": int(stack.cols == stack.width), "rows": rows}
+    return (stack.codes, stack.scales), (each, units, blocks, stack.cols), {**found, "lanes": lanes, "num_warps": warps}
