@@ -44,6 +44,8 @@ def resolve(model: Model, family: Family, text: str) -> Slice:
     for published in family.slices(model):
         if published.slice.name.lower() == text.lower():
             return published.slice
+    if model.nested is None and text != "full":
+        raise Usage(f"{model.family} models are not MatFormers and have no slices", field="--slice", expected="full")
     part = from_file(model, Path(text)) if text.endswith(".json") else named(model, text)
     validate(model, part)
     return part

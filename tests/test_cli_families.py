@@ -103,31 +103,30 @@ def well(done: Done) -> Done:
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_what_is_planned_is_what_runs(cli: Cli, spoken: Spoken, name: str) -> None:
+    """With a small cache too: latent entries keep 16 bits, every other cache has a good quarter of its bytes left."""
     folder, model = spoken(name), parse(text_of(name))
-    whole = run(cli, folder, "--precision", "float32")
-    assert whole["plan"]["precision"] == "float32"
+    whole = run(cli, folder, "--precision", "float32", "--slice", "full")
+    assert (whole["plan"]["precision"], whole["plan"]["slice"]) == ("float32", "full")
     assert (whole["ple"] is None) == (model.ple is None)
-    found = well(cli("plan", folder, "--json", "-c", 64, *ENOUGH)).json
-    assert found["plan"]["precision"] == "float32"
-    assert found["plan"]["bytes"] == run(cli, folder, *ENOUGH)["plan"]["bytes"]
+    planned = well(cli("plan", folder, "--json", "--kv", "int8", "-c", 64, *ENOUGH)).json["plan"]
+    assert planned["precision"] == "float32"
+    assert planned["bytes"] == run(cli, folder, "--kv", "int8", *ENOUGH)["plan"]["bytes"]
+    narrow, wide = planned["bytes"]["kv"], whole["plan"]["bytes"]["kv"]
+    if isinstance(model.layers[0].attention, LatentAttention):
+        assert 2 * narrow == wide
+    else:
+        assert 0.25 * wide < narrow < 0.45 * wide
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_checkpoint_is_described(cli: Cli, spoken: Spoken, name: str) -> None:
+    folder, model = spoken(name), parse(text_of(name))
     shown = well(cli("inspect", folder, "--json")).json
     assert (shown["family"], shown["weights"], shown["dtype"]) == (model.family, True, "F32")
     assert (shown["parameters"], shown["active_parameters"]) == (total(model), active(model))
     text = well(cli("inspect", folder)).out
     assert text.startswith("model ")
     assert f"{len(model.layers)} layers" in text
-
-
-@pytest.mark.parametrize("name", DISTINCT)
-def test_a_small_cache_is_said_in_the_plan(cli: Cli, spoken: Spoken, name: str) -> None:
-    """Latent entries keep their 16 bits; every other cache shrinks."""
-    folder, pinned = spoken(name), ("--precision", "float32", "--slice", "full", "-c", 64, *ENOUGH)
-    wide = well(cli("plan", folder, "--json", "--kv", "bf16", *pinned)).json["plan"]["bytes"]["kv"]
-    narrow = run(cli, folder, "--kv", "int8", *pinned)["plan"]["bytes"]["kv"]
-    if isinstance(parse(text_of(name)).layers[0].attention, LatentAttention):
-        assert narrow == wide
-    else:
-        assert narrow < 0.9 * wide
 
 
 @pytest.mark.parametrize("name", DISTINCT)
@@ -255,7 +254,7 @@ JSON = st.recursive(
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_of_any_key_is_a_model_or_one_line(name: str, data: st.DataObject) -> None:
     raw = shrunk(name)
@@ -297,7 +296,7 @@ def test_huge_sizes_take_no_memory(name: str) -> None:
     try:
         for place in places(shrunk(name)):
             if type(at_place(shrunk(name), place)) in (int, list):
-                for size in (1 << 10, 1 << 16, 1 << 20, 1 << 24, 2**31 - 1, 1 << 62):
+                for size in (1 << 12, 1 << 20, 2**31 - 1):
                     model_or_error(replaced(shrunk(name), place, size))
         assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
     finally:

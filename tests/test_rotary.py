@@ -110,6 +110,7 @@ CASES: dict[str, tuple[float, int, dict[str, Any]]] = {
     "yarn": (1e4, 64, stretched("yarn", 40.0, 4096)),
     "yarn, deepseek": (1e4, 64, stretched("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0)),
     "yarn, kimi: a step": (5e4, 64, stretched("yarn", 32.0, 4096, beta_fast=1.0, beta_slow=1.0)),
+    "yarn, not cut, a step": (5e4, 64, stretched("yarn", 32.0, 4096, truncate=False, beta_fast=1.0, beta_slow=1.0)),
     "yarn, mscales": (1e4, 64, stretched("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=0.707)),
     "yarn, mscale alone": (1e4, 64, stretched("yarn", 40.0, 4096, mscale=0.707)),
     "yarn, mscale_all_dim alone": (1e4, 64, stretched("yarn", 40.0, 4096, mscale_all_dim=0.707)),

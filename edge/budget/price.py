@@ -10,13 +10,14 @@ from loaders.formats.quant import BITS, BLOCK, SCALE_BYTES, record_bytes
 from loaders.formats.recipe import PLAIN, Recipe
 from loaders.formats.safetensors import ITEMSIZE
 from loaders.network.matformer import Slice
-from loaders.network.spec import AnyAttention, Attention, Experts, FeedForward, LatentAttention, Model
+from loaders.network.spec import AnyAttention, Attention, Experts, FeedForward, Gated, LatentAttention, Model, Plain
 
 # The row cache of the ssd tier: enough for the words a text keeps coming back to.
 ROW_CACHE = 16 << 20
 # Measured on a model of 27 million parameters and on one of E2B's shapes: benchmarks/run.py repeats it.
 SCRATCH = 8 << 20
-TILES = 3
+# The widened rows, and the copy of them in its own order that the matrix library makes, at most.
+TILES = 2
 TILE_BYTES = 8 << 20
 # On a GPU: what torch's allocator keeps between sizes, and rows that are widened to 16 bits at a time for a prefill.
 CUDA_SCRATCH = 60 << 20
@@ -25,6 +26,8 @@ FLOAT = 4
 # int8 keys and values on a CPU: what is widened at a time, the scores of a pass, float copies while they are quantized.
 KV_TILE = 1 << 20
 KV_SCORES = 8 << 20
+# Queries that attend at once: so many that their mask over all keys has this many bytes in float32.
+MASK_BYTES = 8 << 20
 QUANTIZING = 3
 
 
@@ -101,12 +104,14 @@ def ple_bytes(small: Model, kind: str, tier: str) -> int:
 def activation_bytes(model: Model, chunk: int, context: int, precision: str, device: str = "cpu") -> int:
     """What one pass over ``chunk`` tokens holds at once: its values in float32, the logits of one token, scratch."""
     streams = model.altup.streams if model.altup else 1
-    residual = model.dim * (4 * streams + 6)
+    # On a GPU the allocator also keeps blocks of other sizes than the one asked for.
+    residual = model.dim * (2 * streams + 5 if device == "cpu" else 4 * streams + 6)
     inner = max(max(attention_values(layer.attention), ffn_values(model.dim, layer.ffn)) for layer in model.layers)
     ple = 2 * len(model.layers) * model.ple.dim if model.ple else 0
     values = chunk * (residual + inner + ple) * FLOAT
     return (
         values
+        + max(latent_step_bytes(layer.attention, chunk) for layer in model.layers)
         + kv_scratch_bytes(model, chunk, context, precision, device)
         + 4 * model.vocab * FLOAT
         + scratch_bytes(model)
@@ -114,17 +119,39 @@ def activation_bytes(model: Model, chunk: int, context: int, precision: str, dev
 
 
 def attention_values(a: AnyAttention) -> int:
-    """Values per token that attention holds at once: projections, what is rotated, what comes out."""
+    """Values per token that attention holds at once: queries, rotated, in the cache's order; what comes out, twice.
+
+    Keys and values are in the cache by then, and before it there are no queries. Latent attention also holds queries
+    as they were projected and absorbed, and those in the cache's 16 bits.
+    """
     if isinstance(a, LatentAttention):
-        return 2 * a.inner + (a.q_rank or 0)
-    return a.head_dim * (4 * a.heads + 6 * a.kv_heads)
+        head = a.nope_dim + 3 * a.rope.dim + 4 * a.kv_rank + a.entry // 2
+        return a.heads * head + (a.q_rank or 0)
+    return 4 * a.head_dim * max(a.heads, a.kv_heads)
+
+
+def latent_step_bytes(a: AnyAttention, chunk: int) -> int:
+    """What latent attention holds while it attends, where that is more than when it joins what came out.
+
+    Most where there are the fewest keys, in a first pass: then the most queries attend at once.
+    """
+    if not isinstance(a, LatentAttention):
+        return 0
+    step = min(chunk, max(1, MASK_BYTES // (FLOAT * chunk * a.heads)))
+    return max(0, step * (a.entry + a.kv_rank // 2) - chunk * a.kv_rank) * a.heads * FLOAT
 
 
 def ffn_values(dim: int, f: FeedForward) -> int:
-    """Values per token that a feed-forward holds at once; at worst one expert has all the tokens."""
-    if isinstance(f, Experts):
-        return 3 * (f.width + (f.shared.width if f.shared else 0)) + 3 * dim + 6 * f.experts
-    return 3 * f.width
+    """Values per token that a feed-forward holds at once: gate, activated, up and their product.
+
+    At worst one expert has all the tokens: beside that what it reads, it writes, and is summed, and the routing.
+    """
+    if isinstance(f, Plain):
+        return 3 * f.width
+    if isinstance(f, Gated):
+        return 4 * f.width
+    shared = dim + 4 * f.shared.width if f.shared else 0
+    return max(4 * f.width + (3 + f.router.on_input) * dim + 6 * f.experts, shared)
 
 
 def widest(model: Model) -> int:

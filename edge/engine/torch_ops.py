@@ -268,4 +268,4 @@ def attended(q: torch.Tensor, k: Stored, v: Stored, mask: torch.Tensor | None, s
 def frequencies(rope: Rope) -> torch.Tensor:
     """Angles per position, float32 [dim / 2], from torch's own powers: far into a text their last bit can be seen."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-    return torch.from_numpy(scaled((1.0 / rope.theta**exponents).numpy(), rope))
+    return torch.from_numpy(scaled((rope.theta**exponents).numpy(), rope))

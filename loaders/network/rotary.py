@@ -15,16 +15,16 @@ Angles = npt.NDArray[np.float32]
 def frequencies(rope: Rope) -> Angles:
     """Angles per position, float32 [dim / 2]: pair i turns by ``frequencies[i]`` from one token to the next."""
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    return scaled(np.float32(1.0) / np.power(np.float32(rope.theta), exponents), rope)
+    return scaled(np.power(np.float32(rope.theta), exponents), rope)
 
 
-def scaled(found: Angles, rope: Rope) -> Angles:
-    """The same from theta^(-2i / dim), float32 [dim / 2], for those who have their own way of raising to a power."""
-    scaling = rope.scaling
+def scaled(powers: Angles, rope: Rope) -> Angles:
+    """The same from theta^(2i / dim), float32 [dim / 2], for those who have their own way of raising to a power."""
+    scaling, found = rope.scaling, np.float32(1.0) / powers
     if isinstance(scaling, Llama3Scaling):
         return llama3(found, scaling)
     if isinstance(scaling, Yarn):
-        return yarn(found, rope, scaling)
+        return yarn(powers, rope, scaling)
     if isinstance(scaling, Linear):
         return found / np.float32(scaling.factor)
     if isinstance(scaling, Proportional):
@@ -47,7 +47,7 @@ def llama3(found: Angles, s: Llama3Scaling) -> Angles:
     return out
 
 
-def yarn(found: Angles, rope: Rope, s: Yarn) -> Angles:
+def yarn(powers: Angles, rope: Rope, s: Yarn) -> Angles:
     """Pairs that turn often within the original context stay, those that turn rarely are stretched."""
 
     def pair(turns: float) -> float:
@@ -58,8 +58,9 @@ def yarn(found: Angles, rope: Rope, s: Yarn) -> Angles:
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
-    # Kimi K2 has both ends in one place: a step instead of a ramp.
+    # Without truncation both ends may be one place: a step instead of a ramp.
     width = high - low if high != low else 0.001
     ramp = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0.0, 1.0)
-    out: Angles = found / np.float32(s.factor) * ramp + found * (np.float32(1.0) - ramp)
+    kept, stretched = np.float32(1.0) / powers, np.float32(1.0) / (np.float32(s.factor) * powers)
+    out: Angles = stretched * ramp + kept * (np.float32(1.0) - ramp)
     return out
