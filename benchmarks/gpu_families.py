@@ -31,7 +31,7 @@ from loaders.packing import write_pack
 from tests.shrink import DISTINCT, real, shrink
 
 # Ids that the smallest of these vocabularies has.
-TOKENS, VOCAB = 53, 256
+TOKENS, VOCAB = 53, 128
 EXACT, STEPS, KEYS, ROUNDED = 1e-4, 2e-3, 3e-2, 3.0
 
 
@@ -40,21 +40,24 @@ def errors(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.abs(found - wanted).max(-1) / np.abs(wanted).max(), nan=np.inf)
 
 
-def on_cpu(model: Path, precision: str, kv: str, ids: np.ndarray) -> tuple[np.ndarray, float]:
-    """Logits, and how far off the middle position is when products are rounded as a GPU's prefill rounds them."""
+def on_cpu(model: Path, precision: str, kv: str, ids: np.ndarray) -> tuple[np.ndarray, float, bool]:
+    """Logits, how far off the middle position is when products are rounded as a GPU's prefill rounds them, and whether
+    some matrix is narrower than a block and stays in 16 bits: at odd shapes its products are rounded everywhere.
+    """
     with edge.load(model, precision=precision, kv=kv) as session:
         wanted = session.logits(ids)
         shapes = tensors(session.model)
         weights = session.engine.weights
         session.engine.weights = {name: dense(w).reshape(shapes[name]) for name, w in weights.items()}
         session.engine.ops.linear = rounded
-        return wanted, float(np.median(errors(session.logits(ids), wanted)))
+        narrow = any(isinstance(w, torch.Tensor) and w.dtype == torch.bfloat16 for w in weights.values())
+        return wanted, float(np.median(errors(session.logits(ids), wanted))), narrow
 
 
 def compared(report: Report, label: str, model: Path, precision: str, kv: str) -> None:
     """One model at one precision on both devices."""
     ids = np.random.default_rng(0).integers(0, VOCAB, TOKENS)
-    wanted, allowed = on_cpu(model, precision, kv, ids)
+    wanted, allowed, narrow = on_cpu(model, precision, kv, ids)
     with edge.load(model, precision=precision, kv=kv, device="cuda") as session:
         whole = session.logits(ids)
         session.reset()
@@ -63,7 +66,9 @@ def compared(report: Report, label: str, model: Path, precision: str, kv: str) -
     if precision == "float32":
         ok = max(prefill.max(), stepped.max()) <= EXACT
     else:
-        ok = np.median(stepped) <= (STEPS if kv == "float32" else KEYS) and np.median(prefill) <= ROUNDED * allowed
+        limit = STEPS if kv == "float32" else KEYS
+        limit = max(limit, ROUNDED * allowed) if narrow else limit
+        ok = np.median(stepped) <= limit and np.median(prefill) <= ROUNDED * allowed
     report(
         label, bool(ok), steps=float(stepped.max()), step=float(np.median(stepped)),
         prefill=float(np.median(prefill)), allowed=allowed,

@@ -15,7 +15,7 @@ from edge import engine as engines
 from edge.budget import machine, watch
 from edge.budget.memory import Ledger, read_process, read_pss, trim
 from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
-from edge.budget.price import kv_bytes
+from edge.budget.price import logits_bytes
 from edge.budget.units import format_bytes, parse_bytes
 from edge.generate import Event, Timing, Wordless, generate
 from edge.sampling import Sampler, Sampling
@@ -133,8 +133,7 @@ class Session:
         t * vocab * 4 bytes, would break the budget.
         """
         found = self.checked(ids, self.plan.context)
-        own = kv_bytes(self.model, len(found), self.plan.kv)
-        self.afford(len(found) * self.model.vocab * 4 + (own if self.engine.device == "cpu" else 0), "the logits")
+        self.afford(logits_bytes(self.model, len(found), self.plan.chunk, self.plan.kv), "the logits")
         out = self.engine.logits(found)
         self.sample_device()
         return out

@@ -378,7 +378,7 @@ def poison(folder: Path, part: Slice) -> None:
     path = folder / "model.safetensors"
     data = np.memmap(path, np.uint8, "r+")
     for name, shape in tensors(model).items():
-        where = checkpoint.where[name]
+        where = checkpoint.where[name].pieces[0].tensor
         values = data[where.offset : where.offset + where.nbytes].view(np.float32).reshape(shape)
         kept = np.zeros(shape, bool)
         window = places.get(name, Window((), ()))

@@ -101,21 +101,37 @@ def ple_bytes(small: Model, kind: str, tier: str) -> int:
     return min(ROW_CACHE, table // 8) if tier == "ssd" else table
 
 
-def activation_bytes(model: Model, chunk: int, context: int, precision: str, device: str = "cpu") -> int:
-    """What one pass over ``chunk`` tokens holds at once: its values in float32, the logits of one token, scratch."""
+def logits_bytes(model: Model, tokens: int, chunk: int, precision: str) -> int:
+    """What the logits of all of ``tokens`` take beside a plan for ``chunk``: themselves, a cache, every layer run for
+    all tokens.
+    """
+    every, planned = (activation_bytes(model, chunk, tokens, precision, every=every) for every in (True, False))
+    return tokens * model.vocab * FLOAT + kv_bytes(model, tokens, precision) + every - planned
+
+
+def activation_bytes(
+    model: Model, chunk: int, context: int, precision: str, device: str = "cpu", *, every: bool = False
+) -> int:
+    """What one pass over ``chunk`` tokens holds at once: its values in float32, the logits of one token, scratch.
+
+    Layers past the last that writes keys run for one token alone, unless ``every`` token's logits are wanted.
+    """
+    layers = model.layers if every else model.layers[: model.last_writer + 1]
+    attending = chunk * FLOAT * max(attention_values(layer.attention) for layer in layers)
+    attending += max(latent_step_bytes(layer.attention, chunk) for layer in layers)
+    feeding = chunk * FLOAT * max(ffn_values(model.dim, layer.ffn) for layer in layers)
+    caching = kv_scratch_bytes(model, chunk, context, precision, device)
+    # Copies of a ring outlive attention; what int8 is made of and widened to does not.
+    copies = kv_scratch_bytes(model, chunk, context, "bf16", device) if precision == "int8" else caching
     streams = model.altup.streams if model.altup else 1
-    # On a GPU the allocator also keeps blocks of other sizes than the one asked for.
-    residual = model.dim * (2 * streams + 5 if device == "cpu" else 4 * streams + 6)
-    inner = max(max(attention_values(layer.attention), ffn_values(model.dim, layer.ffn)) for layer in model.layers)
+    if device == "cpu":
+        residual, inner = 2 * streams + 3, max(attending + caching, feeding + copies)
+    else:
+        # The allocator also keeps blocks of other sizes than the one asked for.
+        residual, inner = 4 * streams + 6, max(attending, feeding) + caching
     ple = 2 * len(model.layers) * model.ple.dim if model.ple else 0
-    values = chunk * (residual + inner + ple) * FLOAT
-    return (
-        values
-        + max(latent_step_bytes(layer.attention, chunk) for layer in model.layers)
-        + kv_scratch_bytes(model, chunk, context, precision, device)
-        + 4 * model.vocab * FLOAT
-        + scratch_bytes(model)
-    )
+    values = chunk * (model.dim * residual + ple) * FLOAT
+    return values + inner + 4 * model.vocab * FLOAT + scratch_bytes(model)
 
 
 def attention_values(a: AnyAttention) -> int:
@@ -142,12 +158,12 @@ def latent_step_bytes(a: AnyAttention, chunk: int) -> int:
 
 
 def ffn_values(dim: int, f: FeedForward) -> int:
-    """Values per token that a feed-forward holds at once: gate, activated, up and their product.
+    """Values per token that a feed-forward holds at once: gate, activated, up and their product, or two without a gate.
 
     At worst one expert has all the tokens: beside that what it reads, it writes, and is summed, and the routing.
     """
     if isinstance(f, Plain):
-        return 3 * f.width
+        return 2 * f.width
     if isinstance(f, Gated):
         return 4 * f.width
     shared = dim + 4 * f.shared.width if f.shared else 0

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional
 
-from edge.budget.price import TILE_BYTES
+from edge.budget.price import MASK_BYTES, TILE_BYTES
 from edge.engine import kv_int8
 from edge.engine.attend import attend
 from edge.engine.kv import Keys, Stored
@@ -17,9 +17,6 @@ from edge.engine.torch_blocks import Blocks, Native
 from edge.engine.torch_experts import TOGETHER, Stack, grouped, per_head, route, selected
 from loaders.network.rotary import amplitude, scaled
 from loaders.network.spec import Activation, Experts, Rope, Router, Temperature
-
-# A mask over keys is built for this many bytes of (query, key) pairs at a time.
-MASK_BYTES = 8 << 20
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
