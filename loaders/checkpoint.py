@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,13 +108,6 @@ class Checkpoint:
     def close(self) -> None:
         """Closes the shards' descriptors."""
         self.shards.close()
-
-
-def bands(window: Window, rows: int) -> Iterator[Window]:
-    """The same window in bands of at most ``rows`` rows, in order."""
-    for first, stop in window.rows:
-        for start in range(first, stop, rows):
-            yield Window(((start, min(start + rows, stop)),), window.cols)
 
 
 def prefix_of(names: Iterable[str], embed: str, file: str | Path) -> str:

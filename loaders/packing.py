@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.checkpoint import Checkpoint, bands
+from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, ReadFailed, Unsupported
 from loaders.formats import manifest as manifests
 from loaders.formats.atomic import fresh_folder
 from loaders.formats.buffers import from_float32
 from loaders.formats.config import read_bytes
 from loaders.formats.pack import PLE, ROOT, SCALE, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
+from loaders.formats.placed import Placed
 from loaders.formats.quant import BITS, quantize, quantize_rows
-from loaders.formats.safetensors import Window
 from loaders.formats.safetensors_writer import Writer
 from loaders.formats.sharded import Notify, sizes_of
 from loaders.network.spec import Model
@@ -79,7 +79,9 @@ def packing_bytes(checkpoint: Checkpoint, band: int = BANDS[1]) -> int:
     matrices = [flat(shape) for name, shape in table.items() if len(shape) > 1 and name != PLE_TABLE]
     widest = max(shape[-1] for shape in table.values() if len(shape) > 1)
     scales = max(rows * cols // 16 for rows, cols in matrices)
-    return (THREADS + 1) * max(band, widest) * BAND_COST + scales + STRIPS
+    # What lies the other way round is read whole; while bands of one are converted the next is being read.
+    turned = 2 * max(placed.plane_bytes for placed in checkpoint.where.values())
+    return (THREADS + 1) * max(band, widest) * BAND_COST + scales + turned + STRIPS
 
 
 def band_for(checkpoint: Checkpoint, room: int | None) -> int:
@@ -235,21 +237,25 @@ class Packer:
         self, name: str, convert: Callable[[npt.NDArray[np.float32]], Any], pool: ThreadPoolExecutor
     ) -> Iterator[Any]:
         """``convert`` of every band of a tensor as float32, in order, a few of them under way at once."""
-        window = self.checkpoint.where[name].window
-        columns = max(1, window.count // max(1, window.shape[0]))
+        placed = self.checkpoint.where[name]
+        rows = max(1, self.band // (placed.shape[-1] if len(placed.shape) > 1 else 1))
         running: deque[Future[Any]] = deque()
-        for band in bands(window, max(1, self.band // columns)):
-            running.append(pool.submit(self.work, name, band, convert))
+        for values in placed.steps(self.checkpoint.shards, rows):
+            running.append(pool.submit(self.work, placed, values, convert))
             if len(running) >= THREADS:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
 
-    def work(self, name: str, band: Window, convert: Callable[[npt.NDArray[np.float32]], Any]) -> Any:
+    def work(
+        self,
+        placed: Placed,
+        values: Callable[[], npt.NDArray[np.float32]],
+        convert: Callable[[npt.NDArray[np.float32]], Any],
+    ) -> Any:
         """One band: read, widened, converted."""
-        placed = self.checkpoint.where[name]
         try:
-            return convert(placed.values(self.checkpoint.shards, band))
+            return convert(values())
         except BadCheckpoint as e:
             raise BadCheckpoint(e.found, file=placed.shard, field=placed.name, expected=e.expected) from None
 

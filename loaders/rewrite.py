@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.checkpoint import Checkpoint, bands
+from loaders.checkpoint import Checkpoint
 from loaders.errors import Unsupported
 from loaders.formats.atomic import fresh_folder
 from loaders.formats.config import read_bytes
+from loaders.formats.placed import bands
 from loaders.formats.safetensors import ITEMSIZE
 from loaders.formats.sharded import Notify, by_size, sizes_of, stored_name, write_tensors
 from loaders.layout import file_name

@@ -613,7 +613,7 @@ def test_an_odd_width_has_no_int4_rows(tmp_path: Path, capsys: pytest.CaptureFix
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(source("llama"), tmp_path / "model")
     checkpoint = Checkpoint.open(source("llama"))
-    place = checkpoint.where["layers.1.ffn.up"]
+    place = checkpoint.where["layers.1.ffn.up"].pieces[0].tensor
     with open(tmp_path / "model" / SHARDS[0], "r+b") as file:
         file.seek(place.offset + 4 * 700)
         file.write(np.float32(np.nan).tobytes())

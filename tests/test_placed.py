@@ -220,6 +220,8 @@ def test_any_window_of_any_layout(case: Case, data: st.DataObject) -> None:
         assert wanted.shape == (int(np.prod(shape[:-1])), shape[-1])
         assert placed.shape == shape
         assert np.array_equal(placed.values(stored.shards, placed.window), wanted)
+        steps = [read() for read in placed.steps(stored.shards, data.draw(SIZES))]
+        assert np.array_equal(np.concatenate(steps), wanted)
         window = Window(data.draw(ranges(wanted.shape[0])), data.draw(ranges(wanted.shape[1])))
         index = np.ix_(
             *(np.concatenate([np.arange(a, b) for a, b in axis]) for axis in (window.rows, window.cols or ()))

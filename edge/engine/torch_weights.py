@@ -11,7 +11,7 @@ from edge.budget.memory import Ledger
 from edge.engine.native.blocks import Matrix, available
 from edge.engine.torch_blocks import Blocks
 from edge.store.weights import Kept, Source, Stream, streams
-from loaders.checkpoint import bands
+from loaders.formats.placed import bands
 from loaders.formats.quant import BITS
 from loaders.formats.recipe import Recipe
 from loaders.network.matformer import Part

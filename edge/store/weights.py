@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loaders.checkpoint import Checkpoint, bands
+from loaders.checkpoint import Checkpoint
 from loaders.formats.buffers import from_float32
 from loaders.formats.pack import Pack
+from loaders.formats.placed import bands
 from loaders.formats.quant import BITS, record_bytes, windows
 from loaders.formats.recipe import Recipe, stored_as, stored_bytes
 from loaders.formats.safetensors import Shards, Tensor, Window

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,6 +209,37 @@ class Placed:
             out += np.float32(self.offset)
         return out
 
+    @cached_property
+    def plane_bytes(self) -> int:
+        """The largest piece that is stored the other way round, 0 where none is: :meth:`steps` holds it whole."""
+        return max((piece.nbytes for piece in self.pieces if piece.block.transposed), default=0)
+
+    def steps(self, shards: Shards, rows: int) -> Iterator[Callable[[], npt.NDArray[np.float32]]]:
+        """Everything in order, in bands of at most so many rows; each is read, or turned, when it is called for.
+
+        A band of a transposed piece is a column of thousands of short runs in the file: such a piece is read as it
+        lies, once, and bands are taken out of it.
+        """
+        if not self.plane_bytes:
+            yield from (partial(self.values, shards, band) for band in bands(self.window, rows))
+            return
+        for piece in self.pieces:
+            columns = self.shape[-1]
+            if piece.scale is not None or not piece.block.transposed:
+                held = piece.values(shards, (0, piece.block.height), (0, columns)).T
+            else:
+                held = piece.bits(shards, *piece.stored((0, piece.block.height), (0, columns)))
+            for first in range(0, piece.block.height, rows):
+                yield partial(self.turned, held[:, first : first + rows], piece.tensor.dtype)
+
+    def turned(self, held: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+        """Columns of what is stored, or already float32, as rows."""
+        if held.dtype != np.float32:
+            held = to_float32(np.ascontiguousarray(held.T), dtype)
+        else:
+            held = np.ascontiguousarray(held.T)
+        return held + np.float32(self.offset) if self.offset else held
+
     def parts(
         self, window: Window, out: npt.NDArray[Any]
     ) -> Iterator[tuple[Piece, Range, Range | None, npt.NDArray[Any]]]:
@@ -243,3 +274,10 @@ def fp8_values() -> npt.NDArray[np.float32]:
     found = np.where(exponent == 0, small, normal) * np.where(codes & 128, -1.0, 1.0)
     found[[127, 255]] = np.nan
     return found.astype(np.float32)
+
+
+def bands(window: Window, rows: int) -> Iterator[Window]:
+    """The same window in bands of at most ``rows`` rows, in order."""
+    for first, stop in window.rows:
+        for start in range(first, stop, rows):
+            yield Window(((start, min(start + rows, stop)),), window.cols)
