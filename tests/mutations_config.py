@@ -255,7 +255,7 @@ NUMBERS: list[Case] = [
 ]  # fmt: skip
 
 MECHANISMS: list[Case] = [
-    *(key(f"A15-{name}", 78, "model_type", name, "gemma3n_text, llama, qwen3") for name in ("bert", "Llama", "../x")),
+    *(key(f"A15-{name}", 78, "model_type", name, "gemma4_text, gpt2") for name in ("bert", "Llama", "../x")),
     *(key(f"A15-{name}", 78, "model_type", v) for name, v in {"list": ["llama"], "number": 1, "null": None}.items()),
     key("A15-key", 78, "mystery_norm", True, "unknown key mystery_norm"),
     Case("A15-keys", config(**{f"mystery_{i}": i for i in range(1000)}), 78, (CONFIG, "mystery_0", "and 990 more")),
@@ -296,7 +296,7 @@ MECHANISMS: list[Case] = [
 
 FOLDERS: list[Case] = [
     *nowhere("missing", "nowhere", "nowhere", "no such folder"),
-    *nowhere("file", "model/config.json", "config.json", "no such folder"),
+    *nowhere("file", f"model/{SHARD}", SHARD, "no such folder"),
     *nowhere("newline", "line\nbreak", r"line\nbreak"),
     *nowhere("escape", "\x1b[31mred", r"\x1b[31mred"),
     *nowhere("emoji", "🎉", "🎉"),
