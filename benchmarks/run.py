@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, str]] = {
     "edge ram": {"ple": "ram"},
     "edge ssd": {"ple": "ssd"},
     "edge half, ssd": {"ple": "ssd", "slice": "half"},
+    "edge": {},
 }
 PEER = "transformers"
 
@@ -113,13 +114,21 @@ def child(options: argparse.Namespace, case: str) -> dict[str, Any]:
     return found
 
 
+def cases_for(options: argparse.Namespace) -> list[str]:
+    """Tiers and slices where the model has per-layer embeddings, else the model as it is."""
+    from loaders.checkpoint import Checkpoint
+
+    model = Checkpoint.open(options.model).model
+    return ["edge"] if model.ple is None else [name for name in CASES if name != "edge"]
+
+
 def main() -> None:
     """Runs every case, prints a table, appends JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--precision", choices=("bf16", "float32", "int8", "int4"), default="bf16")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -128,7 +137,8 @@ def main() -> None:
         print(json.dumps(run_peer(options) if options.child == PEER else run_edge(options, CASES[options.child])))
         return
     wall = read_bandwidth()
-    results = {case: child(options, case) for case in ([] if options.no_peer else [PEER]) + list(CASES)}
+    cases = [] if options.no_peer else [PEER]
+    results = {case: child(options, case) for case in cases + cases_for(options)}
     peer = results.get(PEER)
     what = f"{options.model.name}, {options.precision}, {options.prompt} + {options.new} tokens"
     print(f"{what}; memory reads {wall / 1e9:.1f} GB/s")

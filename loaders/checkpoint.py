@@ -20,9 +20,9 @@ from loaders.families import Family, family_of
 from loaders.formats.config import Config, read_json
 from loaders.formats.placed import FP8, FP8_BLOCK, RAW, Piece, Placed
 from loaders.formats.safetensors import Shards, Tensor, Window
-from loaders.layout import file_name, place_of, spots
+from loaders.layout import file_name, place_of, refuse_many, spots
 from loaders.network.spec import Model
-from loaders.network.tensors import tensors
+from loaders.network.tensors import PLE_TABLE, tensors
 
 FLOATS = ("BF16", "F16", "F32")
 SCALE = "_scale_inv"
@@ -80,6 +80,7 @@ class Checkpoint:
     def read_raw(self, name: str, window: Window | None = None) -> np.ndarray:
         """The stored bits of a window of a tensor, as unsigned integers of the window's shape."""
         placed = self.where[name]
+        assert placed.exact is not None, f"{name} has no bits of its own: reading computes it"
         window = window or placed.window
         out = np.empty(window.shape, RAW[placed.dtype])
         placed.read(self.shards, window, out)
@@ -131,6 +132,7 @@ def match(family: Family, model: Model, shards: Shards, config: Path) -> tuple[d
     """Every tensor of the spec found once, with its shape; every other tensor explained, or refused by name."""
     prefix = prefix_of(shards.tensors, file_name(family.names, "embed"), shards.folder)
     table = tensors(model)
+    refuse_many(table, config)
     where = {name: place(family, table, name, shards, prefix, config, model) for name in table}
     used = {p.tensor.name for placed in where.values() for p in placed.pieces}
     used |= {p.scale.name for placed in where.values() for p in placed.pieces if p.scale is not None}
@@ -170,7 +172,9 @@ def place(
                 expected=describe(config, model, canonical, spot.shape),
             )
         tensor = shards.tensors[name]
-        scale = scale_of(shards, tensor) if tensor.dtype == FP8 else None
+        # Rows of the per-layer embeddings are gathered as they are stored: there is no place for scales.
+        scaled = tensor.dtype == FP8 and canonical != PLE_TABLE
+        scale = scale_of(shards, tensor) if scaled else None
         pieces.append(Piece(check(tensor, spot.shape, scale), spot.block, scale))
     return Placed(table[canonical], tuple(pieces), place_of(family.names, canonical)[0].offset)
 

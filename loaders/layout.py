@@ -5,10 +5,12 @@ A family says it as data; here it becomes file names, stored shapes and blocks. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from loaders.errors import Unsupported
 from loaders.formats.placed import Block
 from loaders.network.spec import Model
 from loaders.network.tensors import Shape, tensors
@@ -34,6 +36,8 @@ class Place:
 
 
 Names = Mapping[str, str | Place]
+
+MAX_MATRICES = 1 << 18  # in stacks; Kimi K2 has 77,000
 
 
 class Spot(NamedTuple):
@@ -86,6 +90,16 @@ def spots(names: Names, table: Mapping[str, Shape], canonical: str) -> Iterator[
             yield Spot(name, stored, block._replace(rows=(first, first + high)))
         else:
             yield Spot(name, stored, block._replace(plane=plane))
+
+
+def refuse_many(table: Mapping[str, Shape], file: str | os.PathLike[str]) -> None:
+    """Unsupported where stacks hold so many matrices that their spots alone fill the memory.
+
+    A matrix may be two bytes of a file, and its spot is hundreds.
+    """
+    found = sum(shape[0] for shape in table.values() if len(shape) == 3)
+    if found > MAX_MATRICES:
+        raise Unsupported(f"{found:,} matrices of experts and heads", file=file, expected=f"at most {MAX_MATRICES:,}")
 
 
 def stored_size(shape: Shape, place: Place) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 from dataclasses import replace
@@ -9,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from edge.budget import machine
-from edge.budget.plan import Floor
+from edge.budget.plan import Floor, Request, enumerate_plans, pick
+from edge.budget.units import format_bytes
 from edge.store.text import tokenizer_bytes
 from loaders.checkpoint import Checkpoint
+from loaders.sketch import sketch
 from tests.command import ENOUGH, PROMPT, Cli, cli_fixture, floor_fixture, refused, short_run  # noqa: F401
+from tests.shrink import CONFIGS
 from tests.small import gemma3n_fixture  # noqa: F401
 
 
@@ -74,6 +79,30 @@ def test_plan_as_text_marks_the_chosen_row(cli: Cli, gemma3n: Path, floor: Floor
         r" +at most [\d.,]+ tokens/s: [\d.]+ [kM]B a token at [\d.]+ GB/s, as this machine reads", lines[-1]
     )
     assert "\x1b" not in done.out
+
+
+@pytest.mark.parametrize("width", [100, 160])
+def test_a_table_is_never_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where components do not fit beside each other, totals are shown; nothing of what a model has not."""
+    from edge.cli import plan
+
+    out = io.StringIO()
+    monkeypatch.setattr(plan, "stdout", lambda: Console(file=out, width=width, no_color=True, highlight=False))
+    source, request = sketch(CONFIGS / "llama-3.1-8B.json"), Request(budget=5 * 10**9)
+    plans = enumerate_plans(source, request, Floor(256 << 20))
+    chosen = pick(plans, request)
+    plan.show(plans, chosen, request, [], None)
+    names = "slice precision context ~parameters runtime weights kv activations total fits"
+    if width == 100:
+        names = names.replace("runtime weights kv activations ", "")
+    head, *rows = out.getvalue().partition("\n\n")[0].splitlines()
+    assert head.split() == names.split()
+    assert "\u2026" not in out.getvalue()
+    row = next(row for row in rows if row.startswith("->"))
+    assert format_bytes(chosen.total_bytes) in row
+    # bf16 would not have fitted: the row says what it is.
+    assert chosen.kv == "int8"
+    assert (f"int8 {format_bytes(chosen.bytes['kv'])}" in row) == (width == 160)
 
 
 def test_plan_chooses_once(cli: Cli, gemma3n: Path, floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -602,6 +602,18 @@ def test_types_that_are_no_weights_are_refused(
     refusal(folder, error, tensor, "one of BF16, F16, F32")
 
 
+def test_scaled_fp8_is_no_type_of_a_ple_table(folders: Folder, tmp_path: Path) -> None:
+    """Its rows are read one at a time, as they are stored."""
+
+    def change(found: Tensors) -> Tensors:
+        name = next(name for name in found if name.endswith("embed_tokens_per_layer.weight"))
+        scales = torch.ones([-(-n // 128) for n in found[name].shape])
+        return {**found, name: found[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+    folder = variant(folders("gemma-3n-E2B"), tmp_path / "table", change)
+    refusal(folder, Unsupported, "embed_tokens_per_layer.weight", "F8_E4M3", "one of BF16, F16, F32")
+
+
 @pytest.mark.parametrize("name", ["llama-3.1-8B", "qwen3-0.6B"])
 def test_layer_counts_that_disagree(name: str, folders: Folder, tmp_path: Path) -> None:
     source = folders(name)

@@ -264,7 +264,7 @@ def wanted_recipes(source: Source, text: str) -> tuple[Recipe, ...]:
 
 
 def wanted_kv(recipe: Recipe, text: str) -> tuple[str, ...]:
-    """Keys and values are kept as precise as the weights, or in the next format; in 16 bits where those have fewer."""
+    """Those of float32 weights in float32 or bf16, of bf16 ones in bf16, of int8 and int4 ones in bf16 or int8."""
     if text != "auto":
         return (one_of("--kv", text, KV),)
     first = usual_kv(recipe)

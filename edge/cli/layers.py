@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -91,7 +91,10 @@ def layer_table(model: Model, rows: Sequence[Row]) -> Table:
     if not mixture:
         names.remove("experts")
     for name in names:
-        table.add_column(name, justify="right" if name in ("sees", "parameters", "bytes") else "left")
+        number = name in ("sees", "parameters", "bytes")
+        # Cells of words wrap on a narrow terminal; numbers would be cut.
+        justify: Literal["left", "right"] = "right" if number else "left"
+        table.add_column(name, justify=justify, no_wrap=number or name == "RoPE", overflow="fold")
     for row in rows:
         a, ffn = row.layer.attention, row.layer.ffn
         table.add_row(

@@ -11,7 +11,7 @@ from edge.budget.machine import read_bandwidth
 from edge.budget.plan import Plan, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.options import planning, wanted
-from edge.cli.show import distinct, plan_lines, plan_table, print_json, speed_text, stdout, weights_note
+from edge.cli.show import distinct, fits, plan_lines, plan_table, print_json, speed_text, stdout, weights_note
 from edge.session import open_source, plan_floor
 from loaders.errors import WontFit
 from loaders.sketch import has_weights
@@ -81,7 +81,10 @@ def show(plans: list[Plan], chosen: Plan | None, request: Request, notes: list[s
         console.print(note, markup=False, soft_wrap=True)
     context = chosen.context if chosen is not None else min(plan.context for plan in plans)
     same = [plan for plan in plans if plan.context == context]
-    console.print(plan_table(same, chosen, request, bandwidth))
+    table = plan_table(same, chosen, request, bandwidth)
+    if not fits(table, console):
+        table = plan_table(same, chosen, request, bandwidth, parts=False)
+    console.print(table)
     if chosen is not None:
         console.print()
         for line in plan_lines(chosen, request, plans[0]):

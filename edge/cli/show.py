@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from edge.budget.plan import WHERE, Plan, Request
+from edge.budget.plan import WHERE, Plan, Request, usual_kv
 from edge.budget.units import format_bytes
 from edge.generate import Timing
 from edge.session import Session
@@ -21,6 +21,8 @@ from loaders.formats.sharded import Notify
 from loaders.sketch import has_weights
 
 MOST_ROWS = 24
+# Wider than any table.
+WIDEST = 1000
 
 
 def stderr() -> Console:
@@ -33,6 +35,11 @@ def stdout() -> Console:
     """The same for results."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160, no_color=True)
+
+
+def fits(table: Table, console: Console) -> bool:
+    """Whether a table is shown without a cut."""
+    return console.measure(table, options=console.options.update(width=WIDEST)).maximum <= console.width
 
 
 def print_json(value: Any) -> None:
@@ -94,18 +101,27 @@ def plan_lines(plan: Plan, request: Request, best: Plan) -> list[str]:
     return lines
 
 
-def plan_table(plans: Sequence[Plan], chosen: Plan | None, request: Request, bandwidth: float | None = None) -> Table:
+def plan_table(
+    plans: Sequence[Plan],
+    chosen: Plan | None,
+    request: Request,
+    bandwidth: float | None = None,
+    *,
+    parts: bool = True,
+) -> Table:
     """One row per slice, precision and tier, at its longest chunk and its most precise keys and values that fit: the
     best, and those around the chosen one.
 
-    ``bandwidth``, bytes per second, adds what decoding can reach at most.
+    ``bandwidth``, bytes per second, adds what decoding can reach at most. Without ``parts`` a narrower one, of totals.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     origin = plans[0].quality.origin
-    for name, justify in (("", "left"), ("slice", "left"), ("precision", "left"), ("PLE", "left")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    tiers = ("PLE",) if any(plan.ple != "none" for plan in plans) else ()
+    for name in ("", "slice", "precision", *tiers):
+        table.add_column(name, no_wrap=True)
     speed = () if bandwidth is None else ("tokens/s <=",)
-    for name in ("context", f"~{origin}", *plans[0].bytes, "total", *speed, "fits"):
+    names = [name for name in plans[0].bytes if parts and any(plan.bytes.get(name) for plan in plans)]
+    for name in ("context", f"~{origin}", *names, "total", *speed, "fits"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in shortened(distinct(plans, request, kv=False), chosen):
         if plan is None:
@@ -113,16 +129,22 @@ def plan_table(plans: Sequence[Plan], chosen: Plan | None, request: Request, ban
             continue
         over = plan.over(request)
         quality = f"{plan.quality.score:.1f}%" if origin == "MMLU" else parameters(plan.quality.score)
-        cells = [format_bytes(plan.bytes.get(name, 0)) for name in plans[0].bytes]
+        cells = [component(plan, name) for name in names]
         reach = () if bandwidth is None else (speed_text(plan, bandwidth),)
         table.add_row(
             "->" if plan is chosen else "",
-            plan.slice, plan.recipe.label, plan.ple, str(plan.context), quality, *cells,
+            plan.slice, plan.recipe.label, *((plan.ple,) if tiers else ()), str(plan.context), quality, *cells,
             format_bytes(plan.total_bytes), *reach,
             "yes" if over <= 0 else f"{format_bytes(over)} over",
             style="bold" if plan is chosen else ("dim" if over > 0 else None),
         )  # fmt: skip
     return table
+
+
+def component(plan: Plan, name: str) -> str:
+    """Bytes of a component, and what keys and values are in where it is not what they usually are."""
+    kind = f"{plan.kv} " if name == "kv" and plan.kv != usual_kv(plan.recipe) else ""
+    return kind + format_bytes(plan.bytes.get(name, 0))
 
 
 def speed_text(plan: Plan, bandwidth: float) -> str:

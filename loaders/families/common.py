@@ -151,7 +151,7 @@ def tied(config: Config, text: Config, default: bool) -> bool:
 
 def span(config: Config, key: str, default: int) -> int:
     """Keys a query sees. An explicit null is refused where ``default`` would quietly take its place."""
-    if key in config.data and not config.has(key):
+    if config.null(key):
         raise BadCheckpoint("null", file=config.file, field=config.field(key), expected="an integer")
     return config.int(key, default=default)
 

@@ -57,10 +57,10 @@ def latent(config: Config, positions: int) -> LatentAttention:
     config.expect("head_dim", turned)
     found = rope(config, turned, positions, kinds=("default", "yarn"))
     # Absent it is 1536; an explicit null projects queries directly.
-    direct = "q_lora_rank" in config.data and config.raw("q_lora_rank") is None
+    rank = config.int("q_lora_rank", default=1536, high=1 << 20)
     return LatentAttention(
         heads=heads,
-        q_rank=None if direct else config.int("q_lora_rank", default=1536, high=1 << 20),
+        q_rank=None if config.null("q_lora_rank") else rank,
         kv_rank=config.int("kv_lora_rank", default=512, high=1 << 20),
         nope_dim=nope,
         v_dim=config.int("v_head_dim", default=128, high=1 << 14),
@@ -124,6 +124,7 @@ def fp8(config: Config) -> None:
         sub.expect("fmt", "e4m3")
         sub.expect("activation_scheme", "dynamic")
         sub.expect("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
+        sub.expect("scale_fmt", "ue8m0")  # scales that are powers of two, in float32 all the same
 
 
 def expert(part: str) -> Place:

@@ -21,6 +21,7 @@ from loaders.families.common import (
     head_dim,
     heads,
     kv_sources,
+    text_of,
     vocab,
 )
 from loaders.families.gemma3n_slices import nested, slices
@@ -47,18 +48,12 @@ NAMES = {
 IGNORE = {**UNSHARED, "*layers.*.altup.correct_output_scale": "altup_correct_scale is off"}
 
 TEXT_ONLY = ("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*")
+OUTSIDE = ("vision_config", "audio_config", "*_token_id", "*_soft_tokens_*", "tie_word_embeddings")
 
 
 def parse(config: Config) -> Model:
     """The text model; a multimodal config is entered at ``text_config`` and the rest of it left alone."""
-    text = config
-    if config.str("model_type") == "gemma3n":
-        common(config)
-        config.ignore("vision_config", "audio_config", "*_token_id", "*_soft_tokens_*", "tie_word_embeddings")
-        sub = config.sub("text_config")
-        assert sub is not None
-        text = sub
-        text.expect("model_type", "gemma3n_text")
+    text = text_of(config, "gemma3n_text", *OUTSIDE)
     common(text)
     # The scale is 1; clipping and learning rates belong to training.
     text.ignore("query_pre_attn_scalar", "altup_coef_clip", "altup_lr_multiplier")
@@ -66,7 +61,7 @@ def parse(config: Config) -> Model:
     layers = parse_layers(text)
     dim = text.int("hidden_size", default=2048, high=1 << 20)
     streams = text.int("altup_num_inputs", default=4, low=2, high=16)
-    softcap = text.float("final_logit_softcapping", default=30.0, low=0.0) if softcapped(text) else None
+    softcap = text.float("final_logit_softcapping", default=30.0, low=0.0)
     # The published file pads the vocabulary past the table: ids beyond it look up row 0.
     ple = PLE(
         rows=text.int("vocab_size_per_layer_input", default=262_144, high=1 << 24),
@@ -81,7 +76,8 @@ def parse(config: Config) -> Model:
         tied=text.bool("tie_word_embeddings", default=True),
         context=context(text, 32_768),
         embed_scale=sqrt(dim),
-        softcap=softcap,
+        # Absent, the default holds; an explicit null switches it off.
+        softcap=None if text.null("final_logit_softcapping") else softcap,
         ple=ple,
         altup=AltUp(
             streams,
@@ -91,11 +87,6 @@ def parse(config: Config) -> Model:
         laurel=Laurel(text.int("laurel_rank", default=64, high=1 << 16)),
         nested=nested(dim, layers),
     )
-
-
-def softcapped(text: Config) -> bool:
-    """An explicit null switches the soft cap off, and Config reads null as absent."""
-    return text.raw("final_logit_softcapping") is not None or "final_logit_softcapping" not in text.data
 
 
 def parse_layers(text: Config) -> tuple[Layer, ...]:

@@ -36,7 +36,10 @@ NAMES: Names = {
 MASK = "the causal mask, which follows from the config"
 IGNORE = {"*h.*.attn.bias": MASK, "*h.*.attn.masked_bias": MASK}
 
-IRRELEVANT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "output_past", "summary_*", "task_specific_params")
+IRRELEVANT = (
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "n_special", "predict_special_tokens", "output_past",
+    "summary_*", "task_specific_params", "_num_labels",
+)  # fmt: skip
 
 
 def parse(config: Config) -> Model:

@@ -13,30 +13,25 @@ from loaders.families.common import (
     head_dim,
     heads,
     size,
+    text_of,
     vocab,
 )
 from loaders.families.rope import rope
 from loaders.formats.config import Config
 from loaders.network.spec import Attention, Gated, Layer, Model
 
-VISION = (
+# Tied embeddings, too, are not about the text: transformers writes true beside heads of their own.
+OUTSIDE = (
     "vision_config", "vision_feature_layer", "image_token_i*", "projector_hidden_act", "multimodal_projector_bias",
-    "spatial_merge_size",
+    "spatial_merge_size", "tie_word_embeddings",
 )  # fmt: skip
 TEXT_ONLY = ("*vision_tower.*", "*multi_modal_projector.*")
 
 
 def parse(config: Config) -> Model:
     """The text model; a multimodal config is entered at ``text_config`` and the rest of it left alone."""
-    text = config
-    if config.str("model_type") == "mistral3":
-        common(config)
-        # Not about the text: transformers writes true beside heads of their own.
-        config.ignore(*VISION, "tie_word_embeddings")
-        sub = config.sub("text_config")
-        assert sub is not None
-        text = sub
-        text.str("model_type", choices=("mistral",))
+    text = text_of(config, "mistral", *OUTSIDE)
+    text.str("model_type")
     common(text)
     text.expect("hidden_act", "silu")
     dim = size(text, "hidden_size")
@@ -58,8 +53,7 @@ def parse(config: Config) -> Model:
 
 def window(text: Config) -> int | None:
     """The window of every layer. Absent, that of Mistral 7B v0.1 holds; only an explicit null switches it off."""
-    null = text.raw("sliding_window") is None and "sliding_window" in text.data
-    return None if null else text.int("sliding_window", default=4096)
+    return None if text.null("sliding_window") else text.int("sliding_window", default=4096)
 
 
 FAMILY = Family("Mistral", ("mistral", "mistral3"), parse, PRE_NORM_NAMES, OLD_BUFFERS, TEXT_ONLY)

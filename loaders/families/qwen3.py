@@ -49,8 +49,8 @@ def windows(config: Config, layers: int) -> list[int | None]:
     on = config.bool("use_sliding_window", default=False)
     first = config.int("max_window_layers", default=28, low=0)
     # Absent, transformers' default holds; an explicit null switches windows off.
-    null = config.raw("sliding_window") is None and "sliding_window" in config.data
-    window = config.int("sliding_window", default=4096) if on and not null else None
+    length = config.int("sliding_window", default=4096)
+    window = length if on and not config.null("sliding_window") else None
     default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(layers))
     kinds = config.strings(
         "layer_types", length=layers, default=default, choices=("full_attention", "sliding_attention")

@@ -38,6 +38,10 @@ def parse(config: Config) -> Model:
     common(config)
     config.expect("hidden_act", "silu")
     config.ignore("output_router_logits", "router_aux_loss_coef")
+    # Qwen3 Coder says so of what its class has anyway.
+    config.expect("qkv_bias", False)
+    config.expect("use_qk_norm", True)
+    config.expect("shared_expert_intermediate_size", 0)
     dim, layers = size(config, "hidden_size"), count(config)
     q, kv = heads(config, default=4)
     head = head_dim(config, dim, q)
@@ -61,9 +65,8 @@ def parse(config: Config) -> Model:
 def window(config: Config) -> int | None:
     """One window for all layers or none. Files of old carry ``max_window_layers``, which this family has given up."""
     on = config.bool("use_sliding_window", default=False)
-    null = config.raw("sliding_window") is None and "sliding_window" in config.data
     length = config.int("sliding_window", default=4096)
-    if on and not null:
+    if on and not config.null("sliding_window"):
         config.expect("max_window_layers", 0)
         return length
     config.ignore("max_window_layers")

@@ -325,6 +325,10 @@ class Config:
         """Present and not null. Does not count as reading."""
         return self.data.get(key) is not None
 
+    def null(self, key: Str) -> Bool:
+        """An explicit null, where a family takes it for something else than absence."""
+        return key in self.data and self.data[key] is None
+
     def raw(self, key: Str) -> Any:
         """The value as parsed, or None; counts as read, with everything inside it."""
         self._read.add(key)

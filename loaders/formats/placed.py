@@ -211,8 +211,12 @@ class Placed:
 
     @cached_property
     def plane_bytes(self) -> int:
-        """The largest piece that is stored the other way round, 0 where none is: :meth:`steps` holds it whole."""
-        return max((piece.nbytes for piece in self.pieces if piece.block.transposed), default=0)
+        """The largest piece that is stored the other way round, 0 where none is: :meth:`steps` holds it whole.
+
+        Of scaled fp8 it holds float32.
+        """
+        turned = (piece for piece in self.pieces if piece.block.transposed)
+        return max((piece.nbytes * (1 if piece.scale is None else 4) for piece in turned), default=0)
 
     def steps(self, shards: Shards, rows: int) -> Iterator[Callable[[], npt.NDArray[np.float32]]]:
         """Everything in order, in bands of at most so many rows; each is read, or turned, when it is called for.

@@ -28,7 +28,7 @@ from loaders.formats.atomic import fresh_folder
 from loaders.formats.buffers import from_float32
 from loaders.formats.config import Config, read_json
 from loaders.formats.sharded import Notify, by_count, by_size, sizes_of, stored_name, write_tensors
-from loaders.layout import Filed, files
+from loaders.layout import Filed, files, refuse_many
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, Shape, tensors
 
@@ -65,6 +65,7 @@ def write_random(
         raise Usage("a negative seed, shards of no bytes, or both size and number of shards")
     raw, family, model = read_model(Path(config))
     shapes = tensors(model)
+    refuse_many(shapes, config)
     filed = {stored_name(name): found for name, found in files(family.names, model).items()}
     specs = {stored: (dtype, found.shape) for stored, found in filed.items()}
     sizes = sizes_of(specs)

@@ -239,13 +239,14 @@ class Matrix:
         """
         if not 1 <= count <= self.rows or self.rows % count:
             raise Usage(count, field="parts", expected=f"a divisor of {self.rows} rows")
-        if not (0 <= n <= MOST_VECTORS and self.width <= x_stride <= MOST_BYTES) or not all((parts_ptr, starts_ptr)):
+        each = self.rows // count
+        most = min(MOST_VECTORS, MOST_BYTES // each)
+        if not (0 <= n <= most and self.width <= x_stride <= MOST_BYTES) or not all((parts_ptr, starts_ptr)):
             raise Usage(
                 f"{n} parts, vectors {x_stride} apart", field="parts", expected=f"vectors of {self.width} floats"
             )
         if not (x_ptr and y_ptr):
             raise Usage("no address", field="parts", expected="vectors and room for as many")
-        each = self.rows // count
         place = self._parts(self._address, each, parts_ptr, starts_ptr, n, x_ptr, x_stride, y_ptr)
         if place >= 0:
             raise Usage(f"place {place}", field="parts", expected=f"parts 0 to {count - 1}, vectors in order")
