@@ -157,7 +157,11 @@ class Session:
             self.relief.honour()
             part, following = found[start : start + self.engine.chunk], found[start + self.engine.chunk :]
             ahead = following[: self.engine.chunk].tolist()
-            out = self.engine.forward(part, "last" if start == starts[-1] else "none", ahead)
+            try:
+                out = self.engine.forward(part, "last" if start == starts[-1] else "none", ahead)
+            except BaseException:
+                self.reset()  # half a pass may have overwritten what a window still shows
+                raise
             self.tokens.extend(part.tolist())
             if len(starts) > 1:
                 self.notify("prefill", start + len(part), len(found))

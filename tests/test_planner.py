@@ -437,7 +437,9 @@ def test_what_published_models_become_in_little_memory(
     name: str, budget: float, slice: str, precision: str, score: float | None
 ) -> None:
     plan = choose(known(name), Request(budget=int(budget * GB)), SMALL_FLOOR)
-    assert (plan.slice, plan.recipe.label, plan.ple, plan.context, plan.kv) == (slice, precision, "ssd", 4096, "bf16")
+    assert (plan.slice, plan.recipe.label, plan.ple, plan.context) == (slice, precision, "ssd", 4096)
+    # Where a few MB decide, keys and values give way before quality, and before chunks become short.
+    assert plan.kv == ("int8" if (name, budget) in (("e4b", 2.5), ("e4b", 3.0)) else "bf16")
     if score is not None:
         keeps = KEEPS[plan.precision, plan.recipe.head]
         assert plan.quality.score == pytest.approx(25 + (score - 25) * keeps)

@@ -20,7 +20,7 @@ from loaders.formats.pack import Pack, refuse_precision
 from loaders.formats.quant import BITS
 from loaders.formats.recipe import PRECISIONS, Recipe, recipes
 from loaders.network.matformer import Slice, sliced
-from loaders.network.spec import Experts, Model
+from loaders.network.spec import Experts, LatentAttention, Model
 from loaders.slices import candidates, resolve
 
 KV = ("float32", "bf16", "int8")
@@ -28,6 +28,8 @@ TIERS = ("device", "ram", "ssd")
 CONTEXTS = (4096, 2048, 1024, 512)
 # A GPU wants long chunks; on a CPU they would only cost memory.
 CHUNKS = {"cpu": (256, 64, 16), "cuda": (1024, 512, 256, 64, 16), "mps": (256, 64, 16)}
+# Fewer tokens at a time read the weights of a prompt so often that it shows.
+SHORT = 64
 DEVICE_SLACK = 24 << 20
 # What compiling a GPU kernel takes the first time it is met; later runs find it compiled on disk.
 COMPILER = 128 << 20
@@ -153,7 +155,7 @@ def enumerate_plans(source: Source, request: Request, floor: Floor) -> list[Plan
         prices = Prices(source, named.slice, small, kept(model, named.slice, small), request.device)
         for recipe in wanted_recipes(source, request.precision):
             for order, context in enumerate(wanted_contexts(model.context, request.context)):
-                for kv in wanted_kv(recipe, request.kv):
+                for kv in wanted_kv(model, recipe, request.kv):
                     for tier in wanted_tiers(source, request):
                         for chunk in CHUNKS[request.device]:
                             priced = prices.components(recipe, kv, tier, context, min(chunk, context))
@@ -174,12 +176,16 @@ def routing(model: Model) -> tuple[int, int]:
 
 
 def preference(plan: Plan) -> tuple[float, ...]:
-    """Quality first, then precision, then the table near rather than far, then long chunks; fewer bytes on a tie."""
+    """Quality, then precision, keys and values, the table near rather than far, long chunks; fewer bytes on a tie.
+
+    Chunks so short that a prompt takes many times as long come after anything but quality.
+    """
     depth, score = plan.quality.rank
     return (
         -depth,
         -score,
         PRECISIONS.index(plan.precision),
+        plan.chunk < min(SHORT, plan.context),
         KV.index(plan.kv),
         ("ram", "device", "ssd", "none").index(plan.ple),
         -plan.chunk,
@@ -263,12 +269,20 @@ def wanted_recipes(source: Source, text: str) -> tuple[Recipe, ...]:
     return tuple(recipe for precision in chosen for recipe in recipes(precision))
 
 
-def wanted_kv(recipe: Recipe, text: str) -> tuple[str, ...]:
-    """Those of float32 weights in float32 or bf16, of bf16 ones in bf16, of int8 and int4 ones in bf16 or int8."""
+def wanted_kv(model: Model, recipe: Recipe, text: str) -> tuple[str, ...]:
+    """Those of float32 weights in float32 or bf16, of bf16 ones in bf16, of int8 and int4 ones in bf16 or int8.
+
+    Latent caches have no int8: a model of nothing else keeps its entries in bf16, whatever is asked.
+    """
+    offered: tuple[str, ...] = ("bf16",)
     if text != "auto":
-        return (one_of("--kv", text, KV),)
-    first = usual_kv(recipe)
-    return KV[:2] if first == "float32" else KV[1:] if recipe.precision in BITS else (first,)
+        offered = (one_of("--kv", text, KV),)
+    elif recipe.precision == "float32":
+        offered = ("float32", "bf16")
+    elif recipe.precision in BITS:
+        offered = ("bf16", "int8")
+    latent = all(isinstance(layer.attention, LatentAttention) for layer in model.layers)
+    return tuple(dict.fromkeys("bf16" if latent and kv == "int8" else kv for kv in offered))
 
 
 def usual_kv(recipe: Recipe) -> str:

@@ -102,11 +102,12 @@ def ple_bytes(small: Model, kind: str, tier: str) -> int:
 
 
 def logits_bytes(model: Model, tokens: int, chunk: int, precision: str) -> int:
-    """What the logits of all of ``tokens`` take beside a plan for ``chunk``: themselves, a cache, every layer run for
-    all tokens.
+    """What computing the logits of all of ``tokens`` takes: themselves, a cache, and a pass with every layer run for
+    all of a chunk, whose own logits are held a few times over where they are capped.
     """
-    every, planned = (activation_bytes(model, chunk, tokens, precision, every=every) for every in (True, False))
-    return tokens * model.vocab * FLOAT + kv_bytes(model, tokens, precision) + every - planned
+    values = min(chunk, tokens) * model.vocab * FLOAT * (1 if model.softcap is None else 3)
+    every = activation_bytes(model, chunk, tokens, precision, every=True)
+    return tokens * model.vocab * FLOAT + kv_bytes(model, tokens, precision) + values + every
 
 
 def activation_bytes(
