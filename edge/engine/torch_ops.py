@@ -13,7 +13,7 @@ from edge.engine import kv_int8
 from edge.engine.attend import attend
 from edge.engine.kv import Keys, Stored
 from edge.engine.native.blocks import Matrix, available
-from edge.engine.torch_blocks import Blocks, Native
+from edge.engine.torch_blocks import NATIVE_VECTORS, Blocks, Native
 from edge.engine.torch_experts import TOGETHER, Stack, grouped, per_head, route, selected
 from loaders.network.rotary import amplitude, scaled
 from loaders.network.spec import Activation, Experts, Rope, Router, Temperature
@@ -51,10 +51,11 @@ class TorchOps:
             return out.view(*x.shape[:-1], weight.rows)
         if weight.dtype == torch.float32:
             return functional.linear(x, weight)
-        native = self.native(weight) if x.shape[0] == 1 else None
+        vectors = x.numel() // x.shape[-1]
+        native = self.native(weight) if vectors <= (1 if self.fast else NATIVE_VECTORS) else None
         if native is not None:
-            out = torch.empty(*x.shape[:-1], weight.shape[0])
-            native.multiply(x.contiguous().data_ptr(), x.numel() // native.width, native.width, out.data_ptr())
+            x, out = x.contiguous(), torch.empty(*x.shape[:-1], weight.shape[0])
+            native.multiply(x.data_ptr(), vectors, native.width, out.data_ptr())
             return out
         if self.fast or x.shape[0] == 1:
             return functional.linear(x.to(weight.dtype), weight).float()
