@@ -125,11 +125,14 @@ def smallest(name: str, **pins: Any) -> int:
 
 
 def rank(plan: Plan) -> tuple[Any, ...]:
-    """How good a plan is, written down anew: context, quality, precision, that of the cache, nearness, chunk."""
+    """How good a plan is, written down anew: context, quality, precision, a chunk that is not short, the precision of
+    the cache, nearness, chunk.
+    """
     near = {"none": 1, "device": 1, "ram": 1, "ssd": 0}[plan.ple]
     precise = {"float32": 3, "bf16": 2, "int8": 1, "int4": 0}
     quality = plan.quality
-    return plan.context, quality.depth, quality.score, precise[plan.precision], precise[plan.kv], near, plan.chunk
+    best = plan.context, quality.depth, quality.score, precise[plan.precision]
+    return *best, plan.chunk >= min(64, plan.context), precise[plan.kv], near, plan.chunk
 
 
 NAMES = st.sampled_from(["e4b", "e2b", "gemma", "llama", "llama16"])
