@@ -522,10 +522,16 @@ def untied_embedding() -> int:
 
 
 def test_planning_e4b_is_fast() -> None:
-    """Half a second of processor time: nobody should feel that the number was thought about."""
-    started = time.process_time()
-    found = enumerate_plans(known("e4b"), Request(budget=6 * GB), FLOOR)
-    assert time.process_time() - started < 0.5
+    """A third of a second of processor time: nobody should feel that the number was thought about.
+
+    Best of three: where other tests left many objects, one run in three pays for walking over them.
+    """
+    took = []
+    for _ in range(3):
+        started = time.process_time()
+        found = enumerate_plans(known("e4b"), Request(budget=6 * GB), FLOOR)
+        took.append(time.process_time() - started)
+    assert min(took) < 0.33
     assert {(plan.precision, plan.recipe.head) for plan in found} == set(KEEPS) - {("float32", "float32")}
     assert len(found) == 16 * 7 * 2 * len(CONTEXTS) * 3, "slices, recipes and their keys, tiers, contexts, chunks"
 

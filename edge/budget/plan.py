@@ -154,19 +154,25 @@ def enumerate_plans(source: Source, request: Request, floor: Floor) -> list[Plan
         small = sliced(model, named.slice)
         prices = Prices(source, named.slice, small, kept(model, named.slice, small), request.device)
         for recipe in wanted_recipes(source, request.precision):
-            for order, context in enumerate(wanted_contexts(model.context, request.context)):
-                for kv in wanted_kv(model, recipe, request.kv):
-                    for tier in wanted_tiers(source, request):
-                        for chunk in CHUNKS[request.device]:
-                            priced = prices.components(recipe, kv, tier, context, min(chunk, context))
-                            device, host = split(priced, floor, tier, request.device)
-                            plan = Plan(
-                                named.slice, recipe, tier, kv, context, min(chunk, context), request.engine,
-                                request.device, device, host, quality.at(recipe), prices.bytes_per_token(recipe),
-                                prices.experts_bytes(recipe), routing(small),
-                            )  # fmt: skip
-                            found.append((order, plan))
+            facts = (
+                quality.at(recipe), prices.bytes_per_token(recipe), prices.experts_bytes(recipe), routing(small),
+            )  # fmt: skip
+            for order, context, kv, tier, chunk in wanted_runs(source, request, recipe):
+                priced = prices.components(recipe, kv, tier, context, chunk)
+                device, host = split(priced, floor, tier, request.device)
+                plan = Plan(
+                    named.slice, recipe, tier, kv, context, chunk, request.engine, request.device, device, host, *facts
+                )
+                found.append((order, plan))
     return [plan for _, plan in sorted(found, key=lambda item: (item[0], *preference(item[1])))]
+
+
+def wanted_runs(source: Source, request: Request, recipe: Recipe) -> Iterator[tuple[int, int, str, str, int]]:
+    """(place of the context, context, keys and values, tier, chunk): what a slice at a recipe can be run as."""
+    for order, context in enumerate(wanted_contexts(source.model.context, request.context)):
+        for kv in wanted_kv(source.model, recipe, request.kv):
+            for tier in wanted_tiers(source, request):
+                yield from ((order, context, kv, tier, min(chunk, context)) for chunk in CHUNKS[request.device])
 
 
 def routing(model: Model) -> tuple[int, int]:

@@ -67,17 +67,17 @@ def kv_scratch_bytes(model: Model, chunk: int, context: int, precision: str, dev
     A ring that wraps, or a pass past a chunk's end, makes an ordered copy of what is still seen; that of a layer whose
     keys others read lives on. int8 is quantized from float copies, and widened to scratch of its own.
     """
-    shared = {layer.attention.kv_from for layer in model.layers}
     most = held = 0
-    for i, layer in enumerate(model.layers):
+    for first, last, layer in model.runs:
         a = layer.attention
         if a.span is not None and a.span < context:
             copy = kv_token_bytes(a, precision) * (a.span + chunk)
+            held += copy * sum(i in model.donors for i in range(first, last))
             most = max(most, held + copy)
-            held += copy if i in shared else 0
+            held += copy if last in model.donors else 0
     if precision != "int8":
         return most
-    layers = {layer.attention for layer in model.layers if not isinstance(layer.attention, LatentAttention)}
+    layers = {layer.attention for _, _, layer in model.runs if not isinstance(layer.attention, LatentAttention)}
     copies = QUANTIZING * chunk * FLOAT * max((a.cached for a in layers), default=0)
     return most + copies + max((int8_scratch_bytes(a, chunk, context, device) for a in layers), default=0)
 
@@ -117,7 +117,7 @@ def activation_bytes(
 
     Layers past the last that writes keys run for one token alone, unless ``every`` token's logits are wanted.
     """
-    layers = model.layers if every else model.layers[: model.last_writer + 1]
+    layers = [layer for first, _, layer in model.runs if every or first <= model.last_writer]
     attending = chunk * FLOAT * max(attention_values(layer.attention) for layer in layers)
     attending += max(latent_step_bytes(layer.attention, chunk) for layer in layers)
     feeding = chunk * FLOAT * max(ffn_values(model.dim, layer.ffn) for layer in layers)
