@@ -151,15 +151,16 @@ def cpu() -> str:
     ]
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     peers: dict[str, dict[str, Any]] = {}
-    for r in lines_of("cpu"):
+    for r in lines_of("cpu") + lines_of("moe"):
         if r["case"] == "transformers":
             peers[r["model"]] = r
         peer = peers[r["model"]]
         plan = f"{r['peak_bytes'] / r['planned_bytes']:.0%}" if "planned_bytes" in r else "-"
         pp, tg = (r[k] / peer[k] for k in ("prefill_tps", "decode_tps"))
         model = f"{r['model']}, {r['prompt']} + {r['new']} tokens"
+        case = r["case"] if r["precision"] == "bf16" else f"{r['case']} {r['precision']}"
         lines.append(
-            f"| {model} | {r['case']} | {r['peak_bytes'] / 1e6:,.0f} MB | {plan} "
+            f"| {model} | {case} | {r['peak_bytes'] / 1e6:,.0f} MB | {plan} "
             f"| {r['prefill_tps']:.1f} | {pp:.2f}x | {r['decode_tps']:.2f} | {tg:.2f}x |"
         )
     return "\n".join(lines)
