@@ -28,6 +28,7 @@ from loaders.network.tensors import active, tensors, total
 from loaders.packing import write_pack
 from tests.conftest import Folder, Open
 from tests.makers import Tensors, assert_close, distance, expected, prompt, set_config, theirs, variant
+from tests.refusals import refused
 from tests.shrink import DEEPSEEKS, parse, real, shrink
 
 V3, K2, MOONLIGHT = DEEPSEEKS
@@ -226,16 +227,6 @@ def test_sharpening_said_in_two_ways_must_agree() -> None:
     assert parse({**raw, "rope_parameters": new}) == parse(real(V3))
     new.update(mscale=0.5, mscale_all_dim=0.5)
     refused({**raw, "rope_parameters": new}, BadCheckpoint, "rope_scaling.mscale_all_dim")
-
-
-def refused(raw: dict[str, Any], error: type[EdgeError], *messages: str) -> None:
-    """One line, of the right kind, that names the file, the key and what is wrong."""
-    with pytest.raises(EdgeError) as info:
-        parse(raw, "some/config.json")
-    assert type(info.value) is error, info.value
-    for message in ("some/config.json", *messages):
-        assert message in str(info.value)
-    assert "\n" not in str(info.value)
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoint files

@@ -173,13 +173,9 @@ def ffn_values(dim: int, f: FeedForward) -> int:
 
 def widest(model: Model) -> int:
     """The largest width of a feed-forward, or of one expert."""
-    shared = (f.shared.width for f in ffns(model) if isinstance(f, Experts) and f.shared is not None)
-    return max(*(f.width for f in ffns(model)), *shared, 0)
-
-
-def ffns(model: Model) -> list[FeedForward]:
-    """The feed-forward of every layer."""
-    return [layer.ffn for layer in model.layers]
+    ffns = [layer.ffn for layer in model.layers]
+    shared = [f.shared for f in ffns if isinstance(f, Experts) and f.shared is not None]
+    return max(f.width for f in (*ffns, *shared))
 
 
 def scratch_bytes(model: Model) -> int:

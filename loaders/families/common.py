@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loaders.errors import BadCheckpoint
 from loaders.formats.config import REQUIRED, Config, Required
+from loaders.layout import Place
 from loaders.network.spec import Norm
 
 # Keys that say nothing about what the network computes at inference.
@@ -61,6 +62,15 @@ PLE_NAMES = {
 UNSHARED = {
     f"*layers.*.self_attn.{name}.weight": "a layer that shares keys and values has no use for its own"
     for name in ("k_proj", "v_proj", "k_norm")
+}
+
+# Files that give every expert tensors of its own.
+EXPERT_NAMES: dict[str, str | Place] = {
+    "layers.{}.experts.router": "layers.{}.mlp.gate.weight",
+    **{
+        f"layers.{{}}.experts.{part}": Place(f"layers.{{}}.mlp.experts.{{}}.{part}_proj.weight", each=True)
+        for part in ("gate", "up", "down")
+    },
 }
 
 OLD_BUFFERS = {"*.rotary_emb.inv_freq": "a buffer that follows from the config"}
@@ -123,6 +133,16 @@ def size(config: Config, key: str) -> int:
 def eps(config: Config, default: float = 1e-6) -> float:
     """The epsilon of every norm."""
     return config.float("rms_norm_eps", default=default, low=0.0)
+
+
+def choice(config: Config, *keys: str, experts: int, active: int) -> tuple[int, int]:
+    """(experts, how many of them a token runs through). ``keys``: names of the first number; both have defaults."""
+    total = config.int(*keys, default=experts, high=1 << 16)
+    chosen = config.int("num_experts_per_tok", default=active, high=1 << 16)
+    if chosen > total:
+        field = config.field("num_experts_per_tok")
+        raise BadCheckpoint(chosen, file=config.file, field=field, expected=f"at most {keys[0]}={total}")
+    return total, chosen
 
 
 def text_of(config: Config, kind: str, *ignored: str) -> Config:

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 from loaders.errors import BadCheckpoint
 from loaders.families import Family
-from loaders.families.common import OLD_BUFFERS, PRE_NORM_NAMES, common, context, count, eps, size, vocab
+from loaders.families.common import (
+    EXPERT_NAMES,
+    OLD_BUFFERS,
+    PRE_NORM_NAMES,
+    choice,
+    common,
+    context,
+    count,
+    eps,
+    size,
+    vocab,
+)
 from loaders.families.rope import mscale, rope, weight
 from loaders.formats.config import Config
 from loaders.formats.placed import FP8_BLOCK
@@ -48,9 +59,8 @@ def latent(config: Config, positions: int) -> LatentAttention:
     heads = config.int("num_attention_heads", high=1 << 16)
     config.int("num_key_value_heads", default=heads, high=1 << 16)
     config.expect("num_key_value_heads", heads)
-    nope, turned = (
-        config.int(f"qk_{part}_head_dim", default=n, high=1 << 14) for part, n in (("nope", 128), ("rope", 64))
-    )
+    nope = config.int("qk_nope_head_dim", default=128, high=1 << 14)
+    turned = config.int("qk_rope_head_dim", default=64, high=1 << 14)
     if turned % 2:
         raise BadCheckpoint(turned, file=config.file, field="qk_rope_head_dim", expected="an even number")
     config.expect("qk_head_dim", nope + turned)
@@ -97,14 +107,11 @@ def experts(config: Config) -> Experts:
         groups=config.int("n_group", default=8, high=1 << 16),
         active_groups=config.int("topk_group", default=4, high=1 << 16),
     )
-    total = config.int("n_routed_experts", default=256, high=1 << 16)
-    active = config.int("num_experts_per_tok", default=8, high=1 << 16)
+    total, active = choice(config, "n_routed_experts", experts=256, active=8)
 
     def bad(key: str, found: int, expected: str) -> BadCheckpoint:
         return BadCheckpoint(found, file=config.file, field=key, expected=expected)
 
-    if active > total:
-        raise bad("num_experts_per_tok", active, f"at most n_routed_experts={total}")
     if total % router.groups or total // router.groups < 2:
         raise bad("n_group", router.groups, f"groups of two or more, a divisor of n_routed_experts={total}")
     if router.active_groups > router.groups:
@@ -127,11 +134,6 @@ def fp8(config: Config) -> None:
         sub.expect("scale_fmt", "ue8m0")  # scales that are powers of two, in float32 all the same
 
 
-def expert(part: str) -> Place:
-    """One matrix of every expert: each has a tensor of its own."""
-    return Place(f"layers.{{}}.mlp.experts.{{}}.{part}_proj.weight", each=True)
-
-
 # A head's rows of one matrix: what takes the latent to its key, then what takes it to its value.
 EXPANSION = "layers.{}.self_attn.kv_b_proj.weight"
 KEYS_VALUES = ("attn.k_b", "attn.v_b")
@@ -145,9 +147,8 @@ NAMES: dict[str, str | Place] = {
     "layers.{}.attn.kv_norm": "layers.{}.self_attn.kv_a_layernorm.weight",
     "layers.{}.attn.k_b": Place(EXPANSION, beside=KEYS_VALUES, together=True, transposed=True),
     "layers.{}.attn.v_b": Place(EXPANSION, beside=KEYS_VALUES, together=True),
-    "layers.{}.experts.router": "layers.{}.mlp.gate.weight",
+    **EXPERT_NAMES,
     "layers.{}.experts.bias": "layers.{}.mlp.gate.e_score_correction_bias",
-    **{f"layers.{{}}.experts.{part}": expert(part) for part in ("gate", "up", "down")},
     **{
         f"layers.{{}}.shared.{part}": f"layers.{{}}.mlp.shared_experts.{part}_proj.weight"
         for part in ("gate", "up", "down")

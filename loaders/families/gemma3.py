@@ -23,10 +23,10 @@ from loaders.families.common import (
     tied,
     vocab,
 )
-from loaders.families.rope import agreed
+from loaders.families.rope import two_ropes
 from loaders.formats.config import Config
 from loaders.layout import Place
-from loaders.network.spec import Attention, Gated, Layer, Model, Rope
+from loaders.network.spec import Attention, Gated, Layer, Model
 
 # Norms multiply by 1 + w, and files keep w.
 NAMES = {name: Place(file, offset=1.0) if "norm" in name else file for name, file in SANDWICH_NAMES.items()}
@@ -66,27 +66,15 @@ def parse_layers(text: Config, dim: int) -> tuple[Layer, ...]:
     period = text.int("sliding_window_pattern", "_sliding_window_pattern", default=6)
     default = tuple(SLIDING if (i + 1) % period else FULL for i in range(layers))
     kinds = text.strings("layer_types", length=layers, default=default, choices=(SLIDING, FULL))
-    rotations, window = ropes(text, head), span(text, "sliding_window", 4096)
+    # Full layers are stretched from 4B on.
+    rotations = two_ropes(text, head, context(text, 131_072), ("default", "linear"))
+    window = span(text, "sliding_window", 4096)
     ffn = Gated(size(text, "intermediate_size"), "gelu_tanh")
     kinds_of_attention = {
         SLIDING: Attention(q, kv, head, scale, rotations[SLIDING], window, qk_norm="head"),
         FULL: Attention(q, kv, head, scale, rotations[FULL], qk_norm="head"),
     }
     return tuple(Layer(kinds_of_attention[kind], ffn, SANDWICH) for kind in kinds)
-
-
-def ropes(text: Config, head: int) -> dict[str, Rope]:
-    """A short base for sliding layers, never stretched; a long one for full layers, stretched from 4B on."""
-    both, positions, stretched = (
-        text.sub("rope_parameters", default=None),
-        context(text, 131_072),
-        ("default", "linear"),
-    )
-    new = {kind: None if both is None else both.sub(kind, default=None) for kind in (SLIDING, FULL)}
-    return {
-        SLIDING: agreed(text, new[SLIDING], "rope_local_base_freq", None, head, positions, 1e4, stretched),
-        FULL: agreed(text, new[FULL], "rope_theta", "rope_scaling", head, positions, 1e6, stretched),
-    }
 
 
 FAMILY = Family("Gemma 3 text", ("gemma3", "gemma3_text"), parse, NAMES, OLD_BUFFERS, TEXT_ONLY)

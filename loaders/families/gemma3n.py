@@ -25,10 +25,10 @@ from loaders.families.common import (
     vocab,
 )
 from loaders.families.gemma3n_slices import nested, slices
-from loaders.families.rope import agreed
+from loaders.families.rope import two_ropes
 from loaders.formats.config import Config
 from loaders.network.matformer import Slice
-from loaders.network.spec import PLE, AltUp, Attention, Gated, Laurel, Layer, Model, Rope
+from loaders.network.spec import PLE, AltUp, Attention, Gated, Laurel, Layer, Model
 
 NAMES = {
     **SANDWICH_NAMES,
@@ -103,7 +103,7 @@ def parse_layers(text: Config) -> tuple[Layer, ...]:
     widths = per_layer(text, "intermediate_size", layers)
     sparsity = sparsities(text, layers)
     sources = kv_sources(text, kinds, 15)
-    rotations = ropes(text, head, positions)
+    rotations = two_ropes(text, head, positions)
     window = text.int("sliding_window", default=512)
 
     def attention(i: int) -> Attention:
@@ -143,16 +143,6 @@ def sparsities(text: Config, layers: int) -> tuple[float, ...]:
         if not 0.0 <= share < 1.0:
             raise BadCheckpoint(share, file=text.file, field="activation_sparsity_pattern", expected="0 <= share < 1")
     return pattern
-
-
-def ropes(text: Config, head: int, context: int) -> dict[str, Rope]:
-    """Two bases: short for sliding layers, long for full ones; in the new spelling or the old."""
-    both = text.sub("rope_parameters", default=None)
-    new = {kind: None if both is None else both.sub(kind, default=None) for kind in (SLIDING, FULL)}
-    return {
-        SLIDING: agreed(text, new[SLIDING], "rope_local_base_freq", None, head, context, 10_000.0),
-        FULL: agreed(text, new[FULL], "rope_theta", "rope_scaling", head, context, 1_000_000.0),
-    }
 
 
 def sliced_config(raw: dict[str, Any], model: Model, part: Slice) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loaders.errors import BadCheckpoint
 from loaders.families import Family
 from loaders.families.common import (
     FULL,
     OLD_BUFFERS,
     PRE_NORM_NAMES,
+    choice,
     common,
     context,
     count,
@@ -108,11 +108,8 @@ def temperature(text: Config) -> Temperature | None:
 
 def feed_forwards(text: Config, layers: int) -> list[FeedForward]:
     """Mixtures in the layers listed, or in every so many; the others are dense and wider."""
-    width, experts = size(text, "intermediate_size"), text.int("num_local_experts", default=16, high=1 << 16)
-    active = text.int("num_experts_per_tok", default=1)
-    if active > experts:
-        expected = f"at most num_local_experts={experts}"
-        raise BadCheckpoint(active, file=text.file, field=text.field("num_experts_per_tok"), expected=expected)
+    width = size(text, "intermediate_size")
+    experts, active = choice(text, "num_local_experts", experts=16, active=1)
     shared = Gated(width, "silu")
     mixture = Experts(experts, active, width, "silu", Router("sigmoid", on_input=True), shared)
     dense = Gated(text.int("intermediate_size_mlp", default=16_384, high=1 << 20), "silu")

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from loaders.families import Family
 from loaders.families.common import (
+    FULL,
     OLD_BUFFERS,
     PRE_NORM_NAMES,
     QK_NORM_NAMES,
+    SLIDING,
     common,
     context,
     count,
@@ -51,11 +53,9 @@ def windows(config: Config, layers: int) -> list[int | None]:
     # Absent, transformers' default holds; an explicit null switches windows off.
     length = config.int("sliding_window", default=4096)
     window = length if on and not config.null("sliding_window") else None
-    default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(layers))
-    kinds = config.strings(
-        "layer_types", length=layers, default=default, choices=("full_attention", "sliding_attention")
-    )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    default = tuple(SLIDING if window and i >= first else FULL for i in range(layers))
+    kinds = config.strings("layer_types", length=layers, default=default, choices=(FULL, SLIDING))
+    return [window if kind == SLIDING else None for kind in kinds]
 
 
 FAMILY = Family("Qwen3 dense", ("qwen3",), parse, {**PRE_NORM_NAMES, **QK_NORM_NAMES}, OLD_BUFFERS)

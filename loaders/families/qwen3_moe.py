@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from loaders.errors import BadCheckpoint
 from loaders.families import Family
 from loaders.families.common import (
+    EXPERT_NAMES,
     OLD_BUFFERS,
     PRE_NORM_NAMES,
     QK_NORM_NAMES,
+    choice,
     common,
     context,
     count,
@@ -19,18 +20,10 @@ from loaders.families.common import (
 )
 from loaders.families.rope import rope
 from loaders.formats.config import Config
-from loaders.layout import Names, Place
+from loaders.layout import Names
 from loaders.network.spec import Attention, Experts, FeedForward, Gated, Layer, Model, Router
 
-NAMES: Names = {
-    **PRE_NORM_NAMES,
-    **QK_NORM_NAMES,
-    "layers.{}.experts.router": "layers.{}.mlp.gate.weight",
-    **{
-        f"layers.{{}}.experts.{name}": Place(f"layers.{{}}.mlp.experts.{{}}.{name}_proj.weight", each=True)
-        for name in ("gate", "up", "down")
-    },
-}
+NAMES: Names = {**PRE_NORM_NAMES, **QK_NORM_NAMES, **EXPERT_NAMES}
 
 
 def parse(config: Config) -> Model:
@@ -75,12 +68,7 @@ def window(config: Config) -> int | None:
 
 def experts(config: Config) -> Experts:
     """The mixture of a layer; what transformers saves has the other name for the number of experts."""
-    total = config.int("num_experts", "num_local_experts", default=128, high=1 << 16)
-    active = config.int("num_experts_per_tok", default=8, high=1 << 16)
-    if active > total:
-        raise BadCheckpoint(
-            active, file=config.file, field="num_experts_per_tok", expected=f"at most num_experts={total}"
-        )
+    total, active = choice(config, "num_experts", "num_local_experts", experts=128, active=8)
     router = Router("softmax", normalized=config.bool("norm_topk_prob", default=False))
     return Experts(total, active, size(config, "moe_intermediate_size"), "silu", router)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from loaders.errors import BadCheckpoint
+from loaders.families.common import FULL, SLIDING
 from loaders.formats.config import REQUIRED, Config, Required
 from loaders.network.spec import Linear, Llama3Scaling, Proportional, Rope, Yarn
 
@@ -44,6 +45,16 @@ def agreed(
     if old is not None and rope_of(old, dim, context, found.theta, kinds) != found:
         raise BadCheckpoint("other than rope_parameters", file=config.file, field=config.field(str(scaling)))
     return found
+
+
+def two_ropes(text: Config, dim: int, context: int, kinds: tuple[str, ...] = PLAIN) -> dict[str, Rope]:
+    """Two bases: a short one for sliding layers, which the old spelling never stretches, a long one for full."""
+    both = text.sub("rope_parameters", default=None)
+    new = {kind: None if both is None else both.sub(kind, default=None) for kind in (SLIDING, FULL)}
+    return {
+        SLIDING: agreed(text, new[SLIDING], "rope_local_base_freq", None, dim, context, 10_000.0, kinds),
+        FULL: agreed(text, new[FULL], "rope_theta", "rope_scaling", dim, context, 1_000_000.0, kinds),
+    }
 
 
 def rope_of(sub: Config, dim: int, context: int, theta: float, kinds: tuple[str, ...] = PLAIN) -> Rope:

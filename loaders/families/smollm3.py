@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from loaders.families import Family
 from loaders.families.common import (
+    FULL,
     OLD_BUFFERS,
     PRE_NORM_NAMES,
+    SLIDING,
     common,
     context,
     count,
@@ -20,8 +22,6 @@ from loaders.families.common import (
 from loaders.families.rope import rope
 from loaders.formats.config import Config
 from loaders.network.spec import Attention, Gated, Layer, Model
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def parse(config: Config) -> Model:

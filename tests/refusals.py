@@ -1,0 +1,24 @@
+"""What every refused configuration must look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loaders.errors import BadCheckpoint, EdgeError, Unsupported
+from tests.shrink import parse
+
+EXIT_CODES = {BadCheckpoint: 65, Unsupported: 78}
+
+
+def refused(raw: dict[str, Any], error: type[EdgeError], *messages: str) -> None:
+    """One line, of the right kind, that names the file, the key and what is wrong; EdgeError stands for either kind."""
+    with pytest.raises(EdgeError) as info:
+        parse(raw, "some/config.json")
+    kind = type(info.value)
+    assert kind in EXIT_CODES if error is EdgeError else kind is error, info.value
+    assert info.value.exit_code == EXIT_CODES[kind]
+    for message in ("some/config.json", *messages):
+        assert message in str(info.value)
+    assert "\n" not in str(info.value)
