@@ -347,10 +347,13 @@ def open_source(path: Path, *, shapes: bool = False) -> Source:
 
     Raises MissingFile, BadCheckpoint, Unsupported.
     """
-    if shapes and path.suffix == ".json" and os.path.isfile(path):
+    hint = "`edge plan` and `edge inspect` take its config.json alone"
+    config = path.suffix == ".json" and os.path.isfile(path)
+    if shapes and config:
         return sketch(path)
     if not os.path.isdir(path):  # which, unlike Path.is_dir, takes a name too long as absent
-        raise MissingFile("no such folder", file=path, expected="a checkpoint folder with config.json, or a pack")
+        expected = "a checkpoint folder with config.json, or a pack"
+        raise MissingFile("no such folder", file=path, expected=expected, hint=hint if config else None)
     if is_pack(path):
         return Pack.open(path)
     try:
@@ -358,7 +361,6 @@ def open_source(path: Path, *, shapes: bool = False) -> Source:
     except MissingFile as error:
         if error.file != os.fspath(path):
             raise
-        hint = "`edge plan` and `edge inspect` take its config.json alone"
         raise MissingFile(error.found, file=path, expected=error.expected, hint=hint) from None
 
 
