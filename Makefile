@@ -14,7 +14,7 @@ fix:
 	ruff check --fix .
 	$(PYTHON) -m benchmarks.readme
 
-MODEL ?= ../shared/models/tale-3n
+MODEL ?= edge/demo
 
 bench:
 	$(PYTHON) -m benchmarks.run $(MODEL)

@@ -17,9 +17,11 @@ from edge.budget.memory import Ledger, read_process, read_pss, trim
 from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
 from edge.budget.price import logits_bytes
 from edge.budget.units import format_bytes, parse_bytes
+from edge.demo import model_path
 from edge.generate import Event, Timing, Wordless, generate
 from edge.sampling import Sampler, Sampling
 from edge.store import packs
+from edge.store.measured import measured
 from edge.store.text import open_tokenizer, text_folder, tokenizer_bytes
 from edge.store.weights import Source
 from loaders.checkpoint import Checkpoint
@@ -65,7 +67,7 @@ class Session:
         self.checkpoint, self.runtime, self.request = ready.source, ready.runtime, ready.request
         self._tokenizer, self.template, self.defaults = ready.tokenizer, ready.template, ready.defaults
         self.floor, self._cancelled = ready.floor, False
-        plans = enumerate_plans(ready.source, ready.request, ready.floor)
+        plans = enumerate_plans(ready.source, ready.request, ready.floor, measured(ready.source))
         self.plan: Plan = pick(plans, ready.request)
         self.best = plans[0]
         on_host = ready.runtime.device == "cpu"
@@ -297,7 +299,7 @@ class Session:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     budget: str | int | None = None,
     ram_budget: str | int | None = None,
@@ -312,6 +314,8 @@ def load(
 ) -> Session:
     """Opens a checkpoint, plans for ``budget`` (bytes, or text as '2GB'; None is without limit) and loads the plan.
 
+    Without ``path`` it is the demo model that ships with edge.
+
     ``precision="float32", budget=None`` runs a checkpoint exactly. Raises the errors of :mod:`loaders.errors`; WontFit
     before anything is loaded.
     """
@@ -321,7 +325,9 @@ def load(
         ram_budget=None if ram_budget is None else parse_bytes(ram_budget, "--ram-budget"),
         slice=slice, precision=precision, ple=ple, kv=kv, context=context,
     )  # fmt: skip
-    return open_session(Path(path), request, device, engine, notify=notify, started=started)
+    return open_session(
+        model_path() if path is None else Path(path), request, device, engine, notify=notify, started=started
+    )
 
 
 def open_session(

@@ -22,7 +22,8 @@ from loaders.formats import manifest as manifests
 from loaders.formats.atomic import fresh_folder
 from loaders.formats.buffers import from_float32
 from loaders.formats.config import read_bytes
-from loaders.formats.pack import PLE, ROOT, SCALE, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
+from loaders.formats.measured import load, plain
+from loaders.formats.pack import MEASURED, PLE, ROOT, SCALE, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
 from loaders.formats.placed import Placed
 from loaders.formats.quant import BITS, quantize, quantize_rows
 from loaders.formats.safetensors_writer import Writer
@@ -149,7 +150,9 @@ def write_part(
 
 
 def fill_root(checkpoint: Checkpoint, folder: Path, mark: str) -> None:
-    """Config, tokenizer, its compiled form, defaults, and the manifest."""
+    """Config, tokenizer, its compiled form, defaults, and the manifest, with what the checkpoint's folder says was
+    measured: that is no part of its fingerprint, and may be added to.
+    """
     names = ["config.json"]
     put(folder / "config.json", json.dumps(checkpoint.raw_config, indent=2).encode())
     for name, limit in COMPANIONS.items():
@@ -160,7 +163,8 @@ def fill_root(checkpoint: Checkpoint, folder: Path, mark: str) -> None:
         check_vocab(CompactTokenizer.open(folder / VOCAB).vocab_size, checkpoint.model, checkpoint.folder)
         names.append(VOCAB)
     source = {"name": checkpoint.folder.absolute().name, "path": str(checkpoint.folder.absolute())}
-    seal_folder(folder, names, ROOT, mark, source=source)
+    results = plain(load(checkpoint.folder, checkpoint.model))
+    seal_folder(folder, names, ROOT, mark, source=source, **({MEASURED: results} if results else {}))
 
 
 def compiled_vocab(source: Path, output: Path) -> bool:

@@ -24,20 +24,15 @@ from transformers.utils import logging
 import edge
 from edge.session import Session
 from tests import boxed, makers
-from tests.shared import TALE
 from tests.shrink import real, shrink
 
-collect_ignore = [] if TALE.is_dir() else ["test_tale.py"]
-collect_ignore += ["test_boxed.py"] if boxed.why_not() else []
+collect_ignore = ["test_boxed.py"] if boxed.why_not() else []
 
 
 def pytest_report_header() -> list[str]:
-    """Whether the trained checkpoint beside the repository and memory control groups take part."""
+    """Whether memory control groups take part."""
     reason = boxed.why_not()
-    return [
-        f"trained checkpoint: {'found' if TALE.is_dir() else 'not beside the repository, test_tale.py not collected'}",
-        f"memory control groups: {f'{reason}, test_boxed.py not collected' if reason else 'can be made'}",
-    ]
+    return [f"memory control groups: {f'{reason}, test_boxed.py not collected' if reason else 'can be made'}"]
 
 
 def pytest_unconfigure() -> None:

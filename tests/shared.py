@@ -1,9 +1,12 @@
-"""Where the material beside the repository lies, when it is there."""
+"""The trained checkpoint of the tests, and where the material beside the repository lies, when it is there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from edge.demo import model_path
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-TALE = SHARED / "models" / "tale-3n"
 CORPUS = SHARED / "corpus"
+HELDOUT = CORPUS / "heldout.txt.xz"
+DEMO = model_path()

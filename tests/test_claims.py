@@ -20,7 +20,7 @@ import pytest
 
 from loaders.formats.synthetic import write_random
 from tests import boxed
-from tests.shared import TALE
+from tests.shared import DEMO
 from tests.shrink import real, shrink
 from tests.small import gemma3n_fixture  # noqa: F401
 
@@ -166,9 +166,9 @@ def boxable(name: str) -> list[str]:
     return [name] if boxed.why_not() is None else []
 
 
-@pytest.mark.parametrize("kind", [*boxable("synthetic"), *(boxable("trained") if TALE.is_dir() else [])])
+@pytest.mark.parametrize("kind", [*boxable("synthetic"), *(boxable("trained") if DEMO.is_dir() else [])])
 def test_claim_b_the_same_tokens_in_a_machine_of_that_size(kind: str, model: Path, cache_folder: Path) -> None:
-    folder = model if kind == "synthetic" else TALE
+    folder = model if kind == "synthetic" else DEMO
     budget = budgets(folder, cache_folder, 4)[1]
     env = environment(cache_folder)
     flags = {"precision": "int4"}
@@ -184,9 +184,9 @@ def test_claim_b_the_same_tokens_in_a_machine_of_that_size(kind: str, model: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["synthetic", *(["trained"] if TALE.is_dir() else [])])
+@pytest.mark.parametrize("kind", ["synthetic", *(["trained"] if DEMO.is_dir() else [])])
 def test_claim_a_for_every_plan(kind: str, model: Path, cache_folder: Path) -> None:
-    folder = model if kind == "synthetic" else TALE
+    folder = model if kind == "synthetic" else DEMO
     for budget in budgets(folder, cache_folder, 24):
         assert_kept(run(line(folder, budget), environment(cache_folder)), budget)
 

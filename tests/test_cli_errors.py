@@ -255,7 +255,7 @@ def test_a_plain_model_has_no_table_and_no_slices(cli: Cli, llama: Path, flags: 
 
 @pytest.mark.parametrize(
     "args",
-    [("run",), ("run", "-p", "hi"), ("plan",), ("inspect",), ("pack",), ("slice",), ("synth",), ("bake",), ("--x",)],
+    [("pack",), ("slice",), ("synth",), ("bake",), ("--x",)],
 )
 def test_a_command_without_what_it_needs(cli: Cli, args: tuple[str, ...]) -> None:
     refused(cli(*args), 2)

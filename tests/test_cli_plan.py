@@ -27,7 +27,17 @@ def test_plan_as_json_says_what_run_will_do(cli: Cli, gemma3n: Path, floor: Floo
     done = cli("plan", gemma3n, "--json", "-c", 64, *ENOUGH)
     assert (done.code, done.err) == (0, "")
     found = done.json
-    keys = {"weights", "budget_bytes", "ram_budget_bytes", "floor_bytes", "read_gbps", "plan", "nearest", "candidates"}
+    keys = {
+        "model",
+        "weights",
+        "budget_bytes",
+        "ram_budget_bytes",
+        "floor_bytes",
+        "read_gbps",
+        "plan",
+        "nearest",
+        "candidates",
+    }
     assert set(found) == keys
     assert (found["budget_bytes"], found["floor_bytes"], found["nearest"]) == (64 * 10**9, floor.host, None)
     only_here = {"fits": True, "over_bytes": 0, "predicted_tps": found["plan"]["predicted_tps"]}

@@ -46,6 +46,7 @@ def test_without_a_budget_it_says_what_it_takes(cli: Cli, gemma3n: Path) -> None
 
 
 CONTRACT: dict[str, Any] = {
+    "model": str,
     "text": str,
     "tokens": [int],
     "finish": str,

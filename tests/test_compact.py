@@ -20,10 +20,11 @@ from loaders.text.compact import CompactTokenizer
 from loaders.text.template import encode_chat
 from loaders.text.tokenizer import AnyTokenizer, StreamDecoder, Tokenizer
 from loaders.text.vocab import compile_vocab
-from tests.shared import CORPUS, TALE
+from tests.shared import DEMO, HELDOUT
 from tests.test_template import CHATML, CHATS, GEMMA, LLAMA, ours, user
 from tests.test_tokenizer import NASTY, SPECIALS
 
+ROOT = Path(__file__).resolve().parent.parent
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 TEXTS = [
     "the quick brown fox's 123 don't we'll\n\n  x",
@@ -264,12 +265,14 @@ def test_too_much_text_and_ids_out_of_range_are_refused(both: Both) -> None:
             compact.decode([wrong])
 
 
-if TALE.is_dir():
+if DEMO.is_dir():
 
     def test_the_trained_checkpoint(tmp_path: Path) -> None:
-        library = Tokenizer.open(TALE)
-        compact = opened(tmp_path / "vocab", compile_vocab((TALE / "tokenizer.json").read_bytes(), "tale"))
-        with lzma.open(CORPUS / "heldout.txt.xz", "rt", encoding="utf-8") as file:
-            text = file.read(100_000)
+        library = Tokenizer.open(DEMO)
+        compact = opened(tmp_path / "vocab", compile_vocab((DEMO / "tokenizer.json").read_bytes(), "tale"))
+        text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", Path(__file__)))
+        if HELDOUT.is_file():
+            with lzma.open(HELDOUT, "rt", encoding="utf-8") as file:
+                text += file.read(100_000)
         assert compact.encode(text) == library.encode(text)
         assert compact.decode(compact.encode(text)) == text

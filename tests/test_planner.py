@@ -22,9 +22,12 @@ from loaders.checkpoint import Checkpoint
 from loaders.errors import Usage, WontFit
 from loaders.families import Family, family_of
 from loaders.formats.config import Config
+from loaders.formats.measured import Measured
+from loaders.formats.recipe import usual_head
 from loaders.network.matformer import sliced
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, core, total
+from loaders.slices import resolve
 from tests.shrink import real
 from tests.small import GEMMA3N, LLAMA, built
 
@@ -83,9 +86,24 @@ def known(name: str) -> Checkpoint:
         "e4b": lambda: headers(E4B),
         "e2b": lambda: headers(real("gemma-3n-E2B")),
         "gemma": lambda: headers(small, "F32"),
+        "measured": lambda: headers(small, "F32"),
         "llama": lambda: headers(LLAMA, "F32"),
         "llama16": lambda: headers({**LLAMA, "max_position_embeddings": 700}, "F16"),
     }[name]()
+
+
+@cache
+def results(name: str) -> tuple[Measured, ...]:
+    """Losses by which half is better than full, int8 than bf16, and an odd slice the best small one."""
+    if name != "measured":
+        return ()
+    model = known(name).model
+    table = [("full", "bf16", 3.2), ("full", "int8", 3.19), ("half", "int8", 3.1), ("ffn=24,16,16,32", "int4", 3.3)]
+    parts = [(resolve(model, known(name).family, text), precision, loss) for text, precision, loss in table]
+    return tuple(
+        Measured(p.name, p.keep, p.widths, precision, usual_head(precision), loss, 1.0, 1000, 512, "0" * 64)
+        for p, precision, loss in parts
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,10 +111,12 @@ def enumerated_once() -> Iterator[None]:
     """What there is to choose from does not depend on the budget (shown below), so it is priced once per pin."""
     priced: dict[Any, list[Plan]] = {}
 
-    def remembered(checkpoint: Checkpoint, request: Request, floor: Floor) -> list[Plan]:
-        key = (id(checkpoint), replace(request, budget=None, ram_budget=None), floor)
+    def remembered(
+        checkpoint: Checkpoint, request: Request, floor: Floor, measured: tuple[Measured, ...] = ()
+    ) -> list[Plan]:
+        key = (id(checkpoint), replace(request, budget=None, ram_budget=None), floor, measured)
         if key not in priced:
-            priced[key] = enumerate_plans(checkpoint, request, floor)
+            priced[key] = enumerate_plans(checkpoint, request, floor, measured)
         return priced[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,19 +125,19 @@ def enumerated_once() -> Iterator[None]:
 
 
 def plan_for(name: str, budget: int | None, **pins: Any) -> Plan:
-    return choose(known(name), Request(budget=budget, **pins), FLOOR)
+    return choose(known(name), Request(budget=budget, **pins), FLOOR, results(name))
 
 
 def attempt(name: str, request: Request, floor: Floor = FLOOR) -> Plan | WontFit:
     """A plan, or the refusal as a value."""
     try:
-        return choose(known(name), request, floor)
+        return choose(known(name), request, floor, results(name))
     except WontFit as refusal:
         return refusal
 
 
 def every(name: str, **pins: Any) -> list[Plan]:
-    return planner.enumerate_plans(known(name), Request(**pins), FLOOR)
+    return planner.enumerate_plans(known(name), Request(**pins), FLOOR, results(name))
 
 
 def smallest(name: str, **pins: Any) -> int:
@@ -135,7 +155,7 @@ def rank(plan: Plan) -> tuple[Any, ...]:
     return *best, plan.chunk >= min(64, plan.context), precise[plan.kv], near, plan.chunk
 
 
-NAMES = st.sampled_from(["e4b", "e2b", "gemma", "llama", "llama16"])
+NAMES = st.sampled_from(["e4b", "e2b", "gemma", "measured", "llama", "llama16"])
 # From far too little to more than anything needs, fine where the small models live.
 EXTRA_BYTES = st.one_of(st.integers(-50 * MIB, 2 * MIB), st.integers(0, 80 * MIB), st.integers(0, 16 * GB))
 PINS = st.fixed_dictionaries(
@@ -357,6 +377,15 @@ def test_the_smallest_plan_is_named_and_its_bytes_are_enough() -> None:
         assert f"--budget {needed}" in text
         assert needed == smallest("e4b", **pins)
         assert plan_for("e4b", needed, **pins).slice == "E2B"
+
+
+def test_where_losses_were_measured_they_decide() -> None:
+    """Half was measured to be the better model; the slice that nobody named is offered, and spelt as it was saved."""
+    best = plan_for("measured", None)
+    assert (best.slice, best.precision, best.quality.origin) == ("half", "int8", "measured")
+    assert plan_for("measured", smallest("measured")).quality.origin == "parameters", "smaller than all that were"
+    assert "ffn=24,16,16,32" in {plan.slice for plan in every("measured")}
+    assert plan_for("measured", None, slice="full", precision="int8").quality.score == -3.19
 
 
 def test_where_nothing_is_published_narrowing_ranks_above_skipping() -> None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge.budget.price import Prices
-from edge.budget.quality import Quality, qualities
+from edge.budget.quality import Losses, Quality, comparable, judges
 from edge.budget.units import format_bytes
 from edge.store.weights import Source, kept
 from loaders.errors import Usage, WontFit
 from loaders.families import NamedSlice
+from loaders.formats.measured import Measured
 from loaders.formats.pack import Pack, refuse_precision
 from loaders.formats.quant import BITS
 from loaders.formats.recipe import PRECISIONS, Recipe, recipes
@@ -110,7 +111,7 @@ class Plan(Mapping[str, Any]):
         plain = {key: getattr(self, key) for key in keys}
         plain["head"], plain["bytes_per_token"] = self.recipe.head, self.bytes_per_token
         plain["layers"], plain["widths"] = list(self.part.keep), list(self.part.widths)
-        plain["quality"] = {"score": self.quality.score, "origin": self.quality.origin}
+        plain["quality"] = self.quality.as_dict()
         if self.experts_bytes:
             plain["experts_bytes"] = self.experts_bytes
         if self.host_bytes:
@@ -145,17 +146,20 @@ class Plan(Mapping[str, Any]):
 WHERE = {"device": "on the device", "ram": "in RAM", "ssd": "on SSD"}
 
 
-def enumerate_plans(source: Source, request: Request, floor: Floor) -> list[Plan]:
-    """Every combination the request leaves open, best first; contexts as one block each, longest first."""
-    model = source.model
-    slices = wanted_slices(source, request.slice)
+def enumerate_plans(source: Source, request: Request, floor: Floor, measured: Sequence[Measured] = ()) -> list[Plan]:
+    """Every combination the request leaves open, best first; contexts as one block each, longest first.
+
+    ``measured``: what is known of the source's slices. With results of the full model among them quality is loss.
+    """
+    model, losses = source.model, comparable(source.model, measured)
+    slices = wanted_slices(source, request.slice, losses)
     found: list[tuple[int, Plan]] = []
-    for named, quality in zip(slices, qualities(model, slices), strict=True):
+    for named, quality in zip(slices, judges(model, slices, losses), strict=True):
         small = sliced(model, named.slice)
         prices = Prices(source, named.slice, small, kept(model, named.slice, small), request.device)
         for recipe in wanted_recipes(source, request.precision):
             facts = (
-                quality.at(recipe), prices.bytes_per_token(recipe), prices.experts_bytes(recipe), routing(small),
+                quality(recipe), prices.bytes_per_token(recipe), prices.experts_bytes(recipe), routing(small),
             )  # fmt: skip
             for order, context, kv, tier, chunk in wanted_runs(source, request, recipe):
                 priced = prices.components(recipe, kv, tier, context, chunk)
@@ -213,9 +217,9 @@ def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple
     return on_device, host
 
 
-def choose(source: Source, request: Request, floor: Floor) -> Plan:
+def choose(source: Source, request: Request, floor: Floor, measured: Sequence[Measured] = ()) -> Plan:
     """The best plan that fits. Raises WontFit, naming the nearest there is, before anything is loaded."""
-    return pick(enumerate_plans(source, request, floor), request)
+    return pick(enumerate_plans(source, request, floor, measured), request)
 
 
 def pick(plans: Sequence[Plan], request: Request) -> Plan:
@@ -254,10 +258,11 @@ def freer(request: Request) -> str:
     return f", or leave {' and '.join(pinned)} to the planner" if pinned else ""
 
 
-def wanted_slices(source: Source, text: str) -> tuple[NamedSlice, ...]:
-    """All candidates, or the one that was named, with its published score where there is one."""
+def wanted_slices(source: Source, text: str, losses: Losses | None) -> tuple[NamedSlice, ...]:
+    """All candidates, and what else was measured; or the one that was named, with its published score if it has one."""
     if text == "auto":
-        return candidates(source.model, source.family)
+        found = candidates(source.model, source.family)
+        return found if losses is None else (*found, *losses.unnamed(found))
     part = resolve(source.model, source.family, text)
     known = {(s.slice.keep, s.slice.widths): s for s in source.family.slices(source.model)}
     return (known.get((part.keep, part.widths), NamedSlice(part)),)

@@ -25,7 +25,7 @@ INTERRUPTED, BUG, IO, MEMORY = 130, 70, 74, 81
 class Lazy(click.Group):
     """Imports the commands' files when the command line is read; none of them imports torch."""
 
-    commands_in = ("run", "plan", "inspect", "pack", "slice", "synth")
+    commands_in = ("run", "plan", "inspect", "pack", "slice", "eval", "calibrate", "synth")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands_in)
@@ -46,6 +46,7 @@ def app(debug: bool) -> None:
     """Run the best language model that fits in the memory you have.
 
     \b
+      edge run "Once upon a time"                         the demo model, which completes tales
       edge run ./model --budget 2GB "Once upon a time"
       edge plan ./model --budget 2GB
     """

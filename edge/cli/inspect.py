@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from edge.budget.price import kv_bytes
 from edge.budget.units import format_bytes
 from edge.cli.layers import Row, layer_rows, layer_table, router_text
-from edge.cli.show import parameters, print_json, stdout, weights_note
+from edge.cli.model import model_path, say_demo
+from edge.cli.show import clipped, parameters, print_json, stdout, weights_note
 from edge.session import open_source
+from edge.store.measured import measured
 from edge.store.weights import Source
 from loaders.checkpoint import Checkpoint
+from loaders.errors import printable
+from loaders.formats.measured import Measured, plain
 from loaders.network.matformer import sliced
 from loaders.network.spec import Experts, Model
 from loaders.network.tensors import PLE_TABLE, active, core, total
@@ -24,19 +28,35 @@ from loaders.slices import candidates
 
 # Tokens that the headline prices a context at.
 TOKENS = 4096
+MOST_MEASURED = 12
 
 
 @click.command("inspect")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, as_json: bool) -> None:
-    """Show what MODEL is: layers, mechanisms, tensors, bytes, slices. Reads headers only; a config.json will do."""
-    checkpoint = open_source(Path(model), shapes=True)
+def command(model: str | None, as_json: bool) -> None:
+    """Show what MODEL is: layers, mechanisms, tensors, bytes, slices. Reads headers only; a config.json will do.
+
+    Without one it is the demo model that ships with edge.
+    """
+    path = model_path(model)
+    checkpoint = open_source(path, shapes=True)
     facts, rows = summary(checkpoint), layer_rows(checkpoint.model, checkpoint.stored)
+    results = measured(checkpoint)
     if as_json:
         count = len(checkpoint.model.layers)
-        print_json({**facts, "layers": [row.as_dict(count) for row in rows], "spec": asdict(checkpoint.model)})
+        layers = [row.as_dict(count) for row in rows]
+        print_json(
+            {
+                "model": printable(path),
+                **facts,
+                "measured": plain(results),
+                "layers": layers,
+                "spec": asdict(checkpoint.model),
+            }
+        )
         return
+    say_demo(model, checkpoint.model)
     console = stdout()
     for name, text in headline(checkpoint, facts, rows):
         console.print(f"{name:<14} {text}", markup=False)
@@ -45,6 +65,9 @@ def command(model: str, as_json: bool) -> None:
     if checkpoint.model.nested is not None:
         console.print()
         console.print(slice_table(checkpoint))
+    if results:
+        console.print()
+        console.print(measured_table(results))
 
 
 def summary(checkpoint: Source) -> dict[str, Any]:
@@ -140,4 +163,18 @@ def slice_table(checkpoint: Source) -> Table:
         table.add_row(
             item.slice.name, parameters(total(small) / 1e9), parameters(core(small) / 1e9), mmlu, item.slice.describe()
         )
+    return table
+
+
+def measured_table(results: tuple[Measured, ...]) -> Table:
+    """What was measured, text by text, the best first; of many the best alone."""
+    left = len(results) - MOST_MEASURED
+    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
+    table.caption = f"and {left} more: --json has them all" if left > 0 else None
+    for name in ("measured", "precision", "loss", "bits/byte", "KL", "top-1", "tokens", "context", "text"):
+        table.add_column(name, justify="left" if name in ("measured", "precision", "text") else "right", no_wrap=True)
+    for m in sorted(results, key=lambda m: (m.text, m.context, m.loss))[:MOST_MEASURED]:
+        compared = ("-" if m.kl is None else f"{m.kl:.4f}", "-" if m.top1 is None else f"{m.top1:.1%}")
+        figures = (f"{m.loss:.3f}", f"{m.bits_per_byte:.3f}", *compared, f"{m.tokens:,}", f"{m.context:,}", m.text[:8])
+        table.add_row(Text(clipped(m.name)), m.recipe.label, *figures)
     return table

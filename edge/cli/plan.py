@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,26 +9,30 @@ import click
 from edge.budget.machine import read_bandwidth
 from edge.budget.plan import Plan, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
+from edge.cli.model import model_path, say_demo
 from edge.cli.options import planning, wanted
 from edge.cli.show import distinct, fits, plan_lines, plan_table, print_json, speed_text, stdout, weights_note
 from edge.session import open_source, plan_floor
-from loaders.errors import WontFit
+from edge.store.measured import measured
+from loaders.errors import WontFit, printable
 from loaders.sketch import has_weights
 
 
 @click.command("plan")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @planning
-def command(model: str, as_json: bool, device: str, engine: str, **flags: Any) -> int:
+def command(model: str | None, as_json: bool, device: str, engine: str, **flags: Any) -> int:
     """Say what would run within a budget, and why. Reads headers, loads no weights; a config.json will do.
 
+    MODEL is a checkpoint folder or a pack; without one it is the demo model that ships with edge.
     Exits with 80 when nothing fits.
     """
     want = wanted(**flags)
-    source = open_source(Path(model), shapes=True)
+    path = model_path(model)
+    source = open_source(path, shapes=True)
     floor, request = plan_floor(source, want.request, device, engine)
-    plans = enumerate_plans(source, request, floor)
+    plans = enumerate_plans(source, request, floor, measured(source))
     bandwidth = read_bandwidth() if request.device == "cpu" else None
     refusal: WontFit | None = None
     chosen: Plan | None = None
@@ -39,8 +42,9 @@ def command(model: str, as_json: bool, device: str, engine: str, **flags: Any) -
         refusal = error
     if as_json:
         found = report(plans, chosen, refusal, request, floor.host, bandwidth)
-        print_json({"weights": has_weights(source), **found})
+        print_json({"model": printable(path), "weights": has_weights(source), **found})
     else:
+        say_demo(model, source.model)
         notes = ([want.note] if want.note else []) + weights_note(source)
         show(plans, chosen, request, notes, bandwidth)
     if refusal is not None:

@@ -7,19 +7,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import click
 
 from edge.chat import Conversation
+from edge.cli.model import model_path, say_demo, told_apart
 from edge.cli.options import planning, wanted
 from edge.cli.show import plan_lines, print_json, progress, safe, statistics, stderr
 from edge.generate import Event
 from edge.sampling import Sampler, Sampling
 from edge.session import Session, open_session
-from loaders.errors import Usage
+from loaders.errors import Usage, printable
 
 # A prompt is checked before it reaches the tokenizer, which is not linear in everything it is given.
 MOST_PROMPT = 8 << 20
@@ -67,22 +67,28 @@ INTERRUPTED = 130
 def command(**flags: Any) -> int:
     """Run MODEL on PROMPT within a memory budget.
 
-    MODEL is a checkpoint folder or a pack. Without a prompt, a terminal is a chat and a pipe is the
-    prompt. The first run at int8 or int4 packs the checkpoint under the user's cache (EDGE_CACHE).
+    MODEL is a checkpoint folder or a pack. Without one the demo model runs, which ships with edge and
+    completes tales. One argument alone is MODEL if there is such a folder, and PROMPT if it has several
+    words; give the demo a prompt of one word with -p.
+
+    \b
+      edge run "Once upon a time"
+      edge run ./model --budget 2GB "Once upon a time"
+
+    Without a prompt, a terminal is a chat and a pipe is the prompt. The first run at int8 or int4 packs
+    the checkpoint under the user's cache (EDGE_CACHE).
     """
     started, console = perf_counter(), stderr()
-    if flags["model"] is None:
-        raise Usage(
-            "no model", field="MODEL", expected="a checkpoint folder or a pack", hint='Try: edge run ./model "Hello"'
-        )
-    prompt = read_prompt(flags["prompt"], flags["flag_prompt"])
+    model, positional = told_apart(flags["model"], flags["prompt"], flags["flag_prompt"])
+    path = model_path(model)
+    prompt = read_prompt(positional, flags["flag_prompt"])
     names = ("budget", "ram_budget", "context", "slice", "precision", "ple", "kv")
     want = wanted(**{name: flags[name] for name in names})
     loud = not (flags["quiet"] or flags["as_json"])
     check(flags)
     with progress(console, loud) as notify:
         session = open_session(
-            Path(flags["model"]),
+            path,
             want.request,
             flags["device"],
             flags["engine"],
@@ -93,14 +99,16 @@ def command(**flags: Any) -> int:
         )
     with session:
         if loud:
+            say_demo(model, session.checkpoint.model)
             if want.note:
                 console.print(want.note, markup=False)
             for line in plan_lines(session.plan, session.request, session.best):
                 console.print(line, markup=False, soft_wrap=True)
         options = sampling(session, flags)
-        ask = asker(session, flags)
+        chat = flags["chat"] if flags["chat"] is not None else session.template is not None
+        ask = asker(session, chat, flags["system"])
         if prompt is None:
-            return talk(session, ask, options)
+            return talk(session, ask, options, chat)
         return answer(session, ask(prompt, **options), flags["as_json"], loud)
 
 
@@ -114,6 +122,9 @@ def read_prompt(positional: str | None, flag: str | None) -> str | None:
     if prompt is None or prompt == "-":
         data = sys.stdin.buffer.read(MOST_PROMPT + 1) if sys.stdin is not None else b""
         prompt = data.decode("utf-8", "replace")
+        if prompt.endswith("\n"):
+            # Files and echo end a line that the text does not: it would go on in the next one.
+            prompt = prompt[:-1].removesuffix("\r")
         if not prompt.strip():
             raise Usage("an empty prompt", field="PROMPT", expected="text, as an argument or on standard input")
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
@@ -153,12 +164,11 @@ def sampling(session: Session, flags: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def asker(session: Session, flags: dict[str, Any]) -> Callable[..., Iterator[Event]]:
-    """Turns of a chat where there is a template, plain completion otherwise."""
-    chat = flags["chat"] if flags["chat"] is not None else session.template is not None
+def asker(session: Session, chat: bool, system: str | None) -> Callable[..., Iterator[Event]]:
+    """Turns of a chat, or plain completion."""
     if chat:
-        return Conversation(session, flags["system"]).ask
-    if flags["system"] is not None:
+        return Conversation(session, system).ask
+    if system is not None:
         raise Usage("--system without a chat", field="--system", expected="a checkpoint with a chat template")
     return session.generate
 
@@ -209,6 +219,7 @@ def report(session: Session, text: str, tokens: list[int], last: Event) -> dict[
     """What ``--json`` prints; its keys are a contract."""
     memory, timing, ple = session.memory(), last.timing, session.ple
     return {
+        "model": printable(session.checkpoint.folder),
         "text": text,
         "tokens": tokens,
         "finish": last.finish,
@@ -235,10 +246,16 @@ def report(session: Session, text: str, tokens: list[int], last: Event) -> dict[
     }
 
 
-def talk(session: Session, ask: Callable[..., Iterator[Event]], options: dict[str, Any]) -> int:
-    """A chat on a terminal, until /bye or end of input."""
+OPENING = {
+    True: "Type a message; /bye or Ctrl-D ends, Ctrl-C stops an answer.",
+    False: "Type how a text begins and it goes on; /bye or Ctrl-D ends, Ctrl-C stops it.",
+}
+
+
+def talk(session: Session, ask: Callable[..., Iterator[Event]], options: dict[str, Any], chat: bool) -> int:
+    """A chat on a terminal, or one text after another for a model that completes, until /bye or end of input."""
     console = stderr()
-    console.print("Type a message; /bye or Ctrl-D ends, Ctrl-C stops an answer.", markup=False)
+    console.print(OPENING[chat], markup=False)
     while True:
         try:
             line = input("> ")
@@ -250,7 +267,11 @@ def talk(session: Session, ask: Callable[..., Iterator[Event]], options: dict[st
         if not line.strip():
             continue
         try:
-            answer(session, ask(line, **options), as_json=False, loud=False)
+            events = ask(line, **options)
+            if not chat and sys.stdout.isatty():
+                # A text is read from its beginning.
+                sys.stdout.write(safe(line))
+            answer(session, events, as_json=False, loud=False)
         except Usage as error:
             # A history that has outgrown the context ends a turn, not the program.
-            console.print(f"{error} Start again with /bye.", markup=False)
+            console.print(f"{error} Start again with /bye." if chat else str(error), markup=False)

@@ -13,14 +13,18 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from edge.budget.plan import WHERE, Plan, Request, usual_kv
+from edge.budget.quality import MEASURED, Quality
 from edge.budget.units import format_bytes
 from edge.generate import Timing
 from edge.session import Session
 from edge.store.weights import Source
+from loaders.formats.measured import Measured
 from loaders.formats.sharded import Notify
 from loaders.sketch import has_weights
 
 MOST_ROWS = 24
+# A slice may be spelt out layer by layer: a row shows the beginning.
+MOST_NAME = 40
 # Wider than any table.
 WIDEST = 1000
 
@@ -114,31 +118,57 @@ def plan_table(
 
     ``bandwidth``, bytes per second, adds what decoding can reach at most. Without ``parts`` a narrower one, of totals.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    origin = plans[0].quality.origin
+    best = plans[0].quality
+    title = f"~{best.origin}" if best.basis is None else "quality"
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=loss_note(best), caption_justify="left")
     tiers = ("PLE",) if any(plan.ple != "none" for plan in plans) else ()
     for name in ("", "slice", "precision", *tiers):
         table.add_column(name, no_wrap=True)
     speed = () if bandwidth is None else ("tokens/s <=",)
     names = [name for name in plans[0].bytes if parts and any(plan.bytes.get(name) for plan in plans)]
-    for name in ("context", f"~{origin}", *names, "total", *speed, "fits"):
+    for name in ("context", title, *names, "total", *speed, "fits"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in shortened(distinct(plans, request, kv=False), chosen):
         if plan is None:
             table.add_row("", "...")
             continue
         over = plan.over(request)
-        quality = f"{plan.quality.score:.1f}%" if origin == "MMLU" else parameters(plan.quality.score)
+        quality = quality_text(plan.quality, best)
         cells = [component(plan, name) for name in names]
         reach = () if bandwidth is None else (speed_text(plan, bandwidth),)
         table.add_row(
             "->" if plan is chosen else "",
-            plan.slice, plan.recipe.label, *((plan.ple,) if tiers else ()), str(plan.context), quality, *cells,
+            clipped(plan.slice), plan.recipe.label, *((plan.ple,) if tiers else ()), str(plan.context), quality, *cells,
             format_bytes(plan.total_bytes), *reach,
             "yes" if over <= 0 else f"{format_bytes(over)} over",
             style="bold" if plan is chosen else ("dim" if over > 0 else None),
         )  # fmt: skip
     return table
+
+
+def quality_text(quality: Quality, best: Quality) -> str:
+    """A cell of the column: what is not measured for this very row has a ~ where the column's title has none."""
+    if quality.origin == MEASURED:
+        return f"loss {'' if quality.exact else '~'}{-quality.score:.3f}"
+    figure = f"{quality.score:.1f}%" if quality.origin == "MMLU" else parameters(quality.score)
+    return figure if best.basis is None else f"~{figure}"
+
+
+def loss_note(best: Quality) -> str | None:
+    """What losses are of, below the table that shows them."""
+    if best.basis is None:
+        return None
+    return f"loss: nats per token, {measured_on(best.basis)}; ~ is estimated"
+
+
+def measured_on(result: Measured) -> str:
+    """The text, by the first digits of its sum."""
+    return f"measured on {result.tokens:,} tokens of text {result.text[:8]}, context {result.context}"
+
+
+def clipped(name: str) -> str:
+    """A slice's name in a row."""
+    return name if len(name) <= MOST_NAME else name[: MOST_NAME - 3] + "..."
 
 
 def component(plan: Plan, name: str) -> str:

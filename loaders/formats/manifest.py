@@ -10,11 +10,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from loaders.errors import BadCheckpoint, MissingFile, Unsupported
+from loaders.errors import BadCheckpoint, CannotCreate, MissingFile, NotPermitted, ReadFailed, Unsupported
+from loaders.formats.atomic import BROKEN, sync
 from loaders.formats.config import MIB, open_regular, read_json, short, show
 from loaders.formats.safetensors import read_exactly
 
@@ -51,9 +55,40 @@ def seal(manifest: dict[str, Any]) -> str:
 def describe(folder: Path, names: Iterable[str], **facts: Any) -> bytes:
     """The manifest of files that lie in ``folder``, as they are read back from there."""
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)} for name in sorted(names)}
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, **facts, "files": files}
-    manifest["seal"] = seal(manifest)
-    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    return sealed({"format": FORMAT, "version": VERSION, **facts, "files": files})
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as its file, with a sum of itself."""
+    return (json.dumps({**manifest, "seal": seal(manifest)}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def rewrite(folder: Path, manifest: dict[str, Any]) -> None:
+    """Puts another manifest in the place of the one that is there, at once or not at all.
+
+    Only for the one that holds the pack's lock, and read what it changes while holding it. Raises NotPermitted,
+    CannotCreate (a pack that cannot be written to, or a manifest that nobody would read), ReadFailed (full disk, I/O).
+    """
+    path, data = folder / NAME, sealed(manifest)
+    if len(data) > MOST:
+        raise CannotCreate(f"{len(data)} bytes", file=path, expected=f"at most {MOST}")
+    try:
+        # A folder: what a killed process leaves in a pack is swept away as one.
+        with tempfile.TemporaryDirectory(
+            prefix=f".{NAME}.", suffix=".tmp", dir=folder, ignore_cleanup_errors=True
+        ) as place:
+            fresh = Path(place, NAME)
+            fresh.write_bytes(data)
+            shutil.copymode(path, fresh)
+            sync(fresh)
+            os.replace(fresh, path)
+    except PermissionError as e:
+        raise NotPermitted(e.strerror, file=path) from None
+    except OSError as e:
+        kind = ReadFailed if e.errno in BROKEN else CannotCreate
+        raise kind(e.strerror or type(e).__name__, file=path) from None
+    with suppress(OSError):  # it is there already, and some file systems cannot sync a folder
+        sync(folder)
 
 
 def is_pack(folder: str | os.PathLike[str]) -> bool:

@@ -23,6 +23,7 @@ from loaders.errors import MissingFile, Unsupported
 from loaders.families import Family, family_of
 from loaders.formats import manifest as manifests
 from loaders.formats.config import Config, read_json, short
+from loaders.formats.measured import Measured, parse
 from loaders.formats.quant import BITS, block_count, code_bytes, record_bytes
 from loaders.formats.recipe import Recipe, recipes, stored_as, stored_bytes
 from loaders.formats.safetensors import Shards, Tensor, Window
@@ -34,6 +35,8 @@ VOCAB = "vocab.bin"
 ROOT, BASE, PLE = "root", "base", "ple"
 PARTS = (BASE, *BITS, PLE)
 SCALE = ".scale"
+# Of the root manifest: what was measured of the model's slices.
+MEASURED = "measured"
 SMALL = 1 << 20
 # What safetensors calls the formats a pack stores.
 DTYPES = {"F32": "F32", "BF16": "BF16", "int8": "U8", "int4": "U8"}
@@ -86,7 +89,9 @@ def stored_tensors(model: Model, part: str, ple: str) -> dict[str, tuple[str, tu
 
 @dataclass
 class Pack:
-    """An opened pack: manifests and headers read and checked, weights not. ``ple_kind`` is the table's format."""
+    """An opened pack: manifests and headers read and checked, weights not. ``ple_kind`` is the table's format,
+    ``measured`` the losses it has of its slices.
+    """
 
     folder: Path
     raw_config: dict[str, Any]
@@ -95,6 +100,7 @@ class Pack:
     manifest: dict[str, Any]
     parts: dict[str, Shards]
     manifests: dict[str, dict[str, Any]]
+    measured: tuple[Measured, ...] = ()
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Pack:
@@ -109,7 +115,8 @@ class Pack:
         family = family_of(config.raw("model_type"), str(path))
         model = family.parse(config)
         config.finish()
-        pack = cls(folder, raw, family, model, manifest, {}, {})
+        measured = measured_in(manifest, folder, model)
+        pack = cls(folder, raw, family, model, manifest, {}, {}, measured)
         try:
             for part in PARTS:
                 if os.path.lexists(folder / part):
@@ -203,6 +210,11 @@ class Pack:
         """Closes every descriptor."""
         for shards in self.parts.values():
             shards.close()
+
+
+def measured_in(manifest: dict[str, Any], folder: Path, model: Model) -> tuple[Measured, ...]:
+    """The results in a root manifest. Raises BadCheckpoint, Unsupported."""
+    return parse(manifest.get(MEASURED, []), folder / manifests.NAME, model)
 
 
 def hold(shards: Shards) -> None:

@@ -7,7 +7,6 @@ all enter there and nowhere else.
 from __future__ import annotations
 
 from math import sqrt
-from statistics import NormalDist
 
 from loaders.network.ops import Cache, Ops, Value, Weights
 from loaders.network.spec import (
@@ -132,7 +131,7 @@ def gated(op: Ops, f: Gated, w: Weights, x: Value, scope: str = "ffn") -> Value:
     """Gated feed-forward. The Gaussian cut-off acts on the gate before its activation (Spark, as in Gemma 3n)."""
     gate = op.linear(x, w(f"{scope}.gate"))
     if f.sparsity > 0.0:
-        gate = op.gaussian_topk(gate, NormalDist().inv_cdf(f.sparsity))
+        gate = op.gaussian_topk(gate, f.cut)
     return op.linear(op.activation(gate, f.activation) * op.linear(x, w(f"{scope}.up")), w(f"{scope}.down"))
 
 

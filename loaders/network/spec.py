@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -164,6 +165,11 @@ class Gated:
     width: int
     activation: Activation
     sparsity: float = 0.0
+
+    @cached_property
+    def cut(self) -> float:
+        """The cut-off, in standard deviations above the mean."""
+        return NormalDist().inv_cdf(self.sparsity)
 
 
 @dataclass(frozen=True)
