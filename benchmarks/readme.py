@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from edge.budget.units import format_bytes
 from edge.cli.layers import CACHES, cache_kind
 from edge.cli.show import parameters, plan_lines, plan_table
 from loaders.families import Family, families
+from loaders.formats.recipe import Recipe
 from loaders.network.matformer import sliced
 from loaders.network.spec import Experts, Model
 from loaders.network.tensors import active, core, total
@@ -140,8 +142,68 @@ def budgets() -> str:
 
 
 def lines_of(name: str) -> list[dict[str, Any]]:
-    """The results of one benchmark."""
-    return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()]
+    """The results of one benchmark; none before it ran."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def quality() -> str:
+    """Every slice at every precision, from benchmarks/quality.py."""
+    found = lines_of("quality")
+    rows = [line for line in found if line["case"] == "slice"]
+    if not rows:
+        return "Not measured yet."
+    best = next(row["loss"] for row in rows if (row["slice"], row["precision"]) == ("full", "bf16"))
+    lines = [
+        "| slice | precision | planned | peak | weights | loss | to full | KL | top-1 | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        timed = "decode_tps" in row
+        peak, tps = (format_bytes(row["peak_bytes"]), f"{row['decode_tps']:.0f}") if timed else ("-", "-")
+        recipe, planned = Recipe(row["precision"], row["head"]), format_bytes(row["planned_bytes"])
+        lines.append(
+            f"| `{row['slice']}` | {recipe.label} | {planned} | {peak} "
+            f"| {format_bytes(row['weights_bytes'])} | {row['loss']:.4f} | {row['loss'] / best - 1:+.2%} "
+            f"| {row['kl']:.4f} | {row['top1']:.1%} | {tps} |"
+        )
+    return "\n".join([*lines, "", *quality_notes(found, best)])
+
+
+def quality_notes(found: Sequence[dict[str, Any]], best: float) -> Iterator[str]:
+    """What the table is of, and what is not in it."""
+    first = found[0]
+    edges = f"{first['tokens']:,} tokens of `{first['file']}` ({first['text'][:8]}), in windows of {first['context']:,}"
+    machine = f"{first['cores']} cores ({first['machine']}), {first['date']}"
+    yield (
+        f"{edges} that do not overlap; {machine}. Loss: nats per token; to full: against the full model's in bf16. "
+        "KL, in nats, and top-1, how often the likeliest token is the same: against the full model in float32. "
+        "Tokens/s: greedy decoding in a process of its own, whose peak is shown."
+    )
+    tables = {row["table"]: row["loss"] for row in found if row["case"] == "table"}
+    if tables:
+        zeroed, rounded = tables["zeroed"], tables["int8"]
+        yield ""
+        yield (
+            f"Of the full model in bf16 with its per-layer table zeroed: {zeroed:.4f} ({zeroed / best - 1:+.1%}); "
+            f"with the table alone in int8: {rounded:.4f} ({rounded / best - 1:+.2%})."
+        )
+
+
+def demo_budgets() -> str:
+    """One prompt under three budgets, from benchmarks/demo_budgets.py."""
+    found = lines_of("demo_budgets")
+    return "\n\n".join(map(told, found)) if found else "Not measured yet."
+
+
+def told(line: dict[str, Any]) -> str:
+    """A run of the demo as a terminal shows it, its text in lines of a README's width."""
+    budget, peak = line["budget_bytes"], line["peak_bytes"]
+    command = f'$ edge run --budget {budget // 10**6}MB --temp 0 -n {line["new"]} "{line["prompt"]}"'
+    said = [part for plan in line["said"] for part in textwrap.wrap(plan, 110, subsequent_indent=" " * 8)]
+    text = textwrap.wrap(line["text"].strip(), 110)
+    figures = f"peak memory: {format_bytes(peak)} of {format_bytes(budget)} budget ({peak / budget:.0%})"
+    return "\n".join(["```", command, *said, *text, figures, "```"])
 
 
 def cpu() -> str:
@@ -240,6 +302,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "plan": plan,
     "usage": usage,
     "budgets": budgets,
+    "quality": quality,
+    "demo-budgets": demo_budgets,
     "cpu": cpu,
     "gpu": gpu,
 }
