@@ -22,13 +22,15 @@ import numpy as np
 
 from loaders.errors import BadCheckpoint, ReadFailed
 from loaders.formats.config import open_regular
-from loaders.text.tokenizer import MAX_TEXT, AnyTokenizer
+from loaders.text.tokenizer import AnyTokenizer
 
 # Bytes of text that are read at most, unpacked.
 MOST_BYTES = 64 << 20
 BLOCK = 1 << 16
 # Characters encoded at a time; around a cut, those that must be encoded alike with and without it; cuts tried.
 PIECE, AROUND, TRIES = 1 << 16, 256, 16
+# Characters of a piece that cannot be cut: encoding takes some 75 bytes for each, and budgets are planned without it.
+MAX_TEXT = 1 << 18
 # What unpacking may take, whatever a header asks for: xz -9 needs 65 MiB.
 XZ_MEMORY = 80 << 20
 XZ, GZIP = b"\xfd7zXZ\0", b"\x1f\x8b"
@@ -155,7 +157,7 @@ def pieces(parts: Iterator[str], tokenizer: AnyTokenizer, file: Path, usual: int
     """The text in pieces that are encoded as they are within the whole, and whether it is the first.
 
     ``usual``: characters of one, if it can be cut there. Raises BadCheckpoint where there is no place to cut, and the
-    piece is longer than a tokenizer should be given at once.
+    piece would take more memory than a budget leaves.
     """
     held, start, room = "", True, usual
     for part in parts:

@@ -223,11 +223,11 @@ def tiles(count: int, vocab: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + deep), slice(col, col + wide)
 
 
-def measured_of(session: Session, score: Score, text: Text, context: int | None = None) -> Measured:
-    """A score as it is kept beside the model; ``context`` is the score's own unless given."""
+def measured_of(session: Session, score: Score, text: Text) -> Measured:
+    """A score as it is kept beside the model."""
     part, recipe = session.plan.part, session.plan.recipe
     return Measured(
         name=part.name, keep=part.keep, widths=part.widths, precision=recipe.precision, head=recipe.head,
         loss=score.loss, bits_per_byte=score.bits_per_byte, tokens=score.tokens,
-        context=score.context if context is None else context, text=text.sha256, kl=score.kl, top1=score.top1,
+        context=score.context, text=text.sha256, kl=score.kl, top1=score.top1, stride=score.stride,
     )  # fmt: skip

@@ -10,6 +10,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 from edge.sampling import Sampler
+from loaders.text.tokenizer import AnyTokenizer
+
+# Characters of a prompt that are encoded without asking, and tokens that a cut may add.
+PIECE, AROUND = 1 << 16, 64
 
 Finish = Literal["stop", "length", "interrupted"]
 
@@ -44,6 +48,20 @@ class Timing:
     def read_gbps(self) -> float:
         """10^9 bytes per second read while decoding."""
         return self.decode_tps * self.bytes_per_token / 1e9
+
+
+def encode(tokenizer: AnyTokenizer, prompt: str, most: int) -> list[int]:
+    """The tokens of a prompt; of one that is longer than ``most``, only so many as show that it is.
+
+    Encoding takes some 75 bytes for each character, and no plan knows how long a prompt will be.
+    """
+    size = PIECE
+    while size < len(prompt):
+        ids = tokenizer.encode(prompt[:size])
+        if len(ids) > most + AROUND:  # where it is cut a few tokens may be others
+            return ids
+        size *= 2
+    return tokenizer.encode(prompt)
 
 
 def rate(count: int, seconds: float) -> float:

@@ -18,7 +18,7 @@ from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
 from edge.budget.price import logits_bytes
 from edge.budget.units import format_bytes, parse_bytes
 from edge.demo import model_path
-from edge.generate import Event, Timing, Wordless, generate
+from edge.generate import Event, Timing, Wordless, encode, generate
 from edge.sampling import Sampler, Sampling
 from edge.store import packs
 from edge.store.measured import measured
@@ -205,7 +205,7 @@ class Session:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if max_tokens < 1:
             raise Usage(max_tokens, field="max_tokens", expected="1 or more")
-        encoded = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        encoded = encode(self.tokenizer, prompt, self.plan.context) if isinstance(prompt, str) else prompt
         ids: list[int] = self.checked(encoded, self.plan.context).tolist()
         known = len(self.tokens)
         if not 0 < known < len(ids) or ids[:known] != self.tokens:

@@ -1,4 +1,4 @@
-"""The trained checkpoint of the tests, and where the material beside the repository lies, when it is there."""
+"""The trained checkpoint of the tests, a tale it finds ordinary, and the text it was not shown, where that is there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 from edge.demo import model_path
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-CORPUS = SHARED / "corpus"
-HELDOUT = CORPUS / "heldout.txt.xz"
+HELDOUT = SHARED / "corpus" / "heldout.txt.xz"
+TALE = Path(__file__).with_name("tale.txt")
 DEMO = model_path()

@@ -103,7 +103,7 @@ Items = list[list[tuple[int, int]]]
 choices = st.lists(st.tuples(st.integers(0, 20), st.integers(-20, 20)), min_size=1, max_size=3)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(choices, max_size=5), st.integers(-1, 70))
 def test_the_knapsack_is_exact(items: Items, room: int) -> None:
     def weigh(picked: tuple[int, ...]) -> tuple[int, int]:
@@ -262,7 +262,7 @@ def size(folder: Path, part: Slice, found: Calibration) -> int:
 
 
 def test_widths_go_where_they_are_needed(small: Path, text: Path, pretend: list[tuple[str, int]]) -> None:
-    curve = calibrate(small, text, points=5, tokens=256)
+    curve = calibrate(small, text, points=4, tokens=256)
     assert len(pretend) == len(set(pretend)) == curve.evaluations
     winners = [choice.winner for choice in curve.choices]
     assert winners[-1].part.name == "full"
@@ -295,10 +295,10 @@ def test_the_same_input_gives_the_same_slices(small: Path, text: Path, pretend: 
     assert len(pretend) == 2 * runs[0]["evaluations"]
 
 
-def test_of_slices_that_are_as_good_the_smallest_is_taken(
+def test_of_slices_that_are_as_good_the_largest_is_taken(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text cannot tell them apart: the narrowest that keeps all layers."""
+    """The text cannot tell them apart, and bytes below a budget are worth nothing: all of it."""
 
     def run(self: Bench, part: Slice, which: int) -> Score:
         self.measured[part.name] = object()  # type: ignore[assignment]
@@ -307,7 +307,7 @@ def test_of_slices_that_are_as_good_the_smallest_is_taken(
 
     monkeypatch.setattr(Bench, "run", run)
     found = calibrate(small, text, budget="1GB", tokens=256)
-    assert found.choices[0].winner.part == space(small).uniform(0)
+    assert found.choices[0].winner.part == space(small).uniform(-1)
 
 
 def test_effort_bounds_what_is_measured(small: Path, text: Path, pretend: list[tuple[str, int]]) -> None:
@@ -342,10 +342,10 @@ def test_a_layer_that_does_not_need_its_width_is_found(
             return replace(score, loss=round(1000 * max(0.0, score.kl), 3))
 
         monkeypatch.setattr(bench, "evaluate", distance)
-        first = calibrate(small, text, points=2, precision="float32", effort=1, tokens=256)
+        first = calibrate(small, text, points=2, precision="float32", effort=1, tokens=128)
         narrow = slice_of(opened(small).model, [NEEDED if i == PLANTED else WIDTH for i in range(LAYERS)])
         budget = size(small, narrow, first)
-        found = calibrate(small, text, budget=budget, precision="float32", effort=2, tokens=256)
+        found = calibrate(small, text, budget=budget, precision="float32", effort=2, tokens=128)
     costs = {s.layers[0]: s.narrowed for s in first.sensitivities if s.width == NEEDED}
     assert costs.pop(PLANTED) == pytest.approx(0, abs=NOISE)
     assert min(costs.values()) > 10 * NOISE

@@ -166,7 +166,7 @@ def boxable(name: str) -> list[str]:
     return [name] if boxed.why_not() is None else []
 
 
-@pytest.mark.parametrize("kind", [*boxable("synthetic"), *(boxable("trained") if DEMO.is_dir() else [])])
+@pytest.mark.parametrize("kind", [*boxable("synthetic"), *boxable("trained")])
 def test_claim_b_the_same_tokens_in_a_machine_of_that_size(kind: str, model: Path, cache_folder: Path) -> None:
     folder = model if kind == "synthetic" else DEMO
     budget = budgets(folder, cache_folder, 4)[1]
@@ -184,7 +184,7 @@ def test_claim_b_the_same_tokens_in_a_machine_of_that_size(kind: str, model: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["synthetic", *(["trained"] if DEMO.is_dir() else [])])
+@pytest.mark.parametrize("kind", ["synthetic", "trained"])
 def test_claim_a_for_every_plan(kind: str, model: Path, cache_folder: Path) -> None:
     folder = model if kind == "synthetic" else DEMO
     for budget in budgets(folder, cache_folder, 24):

@@ -72,7 +72,7 @@ def test_one_argument_is_the_model_if_it_is_there_and_the_prompt_if_it_has_sever
     assert told_apart(*given) == means
 
 
-@pytest.mark.parametrize("word", ["Once", "./nowhere", "a" * 5000, "", "\0"])
+@pytest.mark.parametrize("word", ["Once", "./nowhere", "/no/such folder", "~/my models/x", "a" * 5000, "", "\0"])
 def test_one_word_is_a_model_that_is_missing(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingFile, match=r"no such folder .*with -p"):
@@ -84,9 +84,9 @@ def test_a_missing_model_is_told_how_to_be_a_prompt_and_no_prompt_is_waited_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", None)
-    assert refused(cli("run", "Once", *REST), 66, "Once: no such folder", "one word with -p")
-    assert "one word" not in refused(cli("run", "Once", "-p", "hi", *REST), 66, "Once: no such folder")
-    assert "one word" not in refused(cli("run", "Once", "hi", *REST), 66, "Once: no such folder")
+    assert refused(cli("run", "Once", *REST), 66, "Once: no such folder", "any prompt with -p")
+    assert "any prompt" not in refused(cli("run", "Once", "-p", "hi", *REST), 66, "Once: no such folder")
+    assert "any prompt" not in refused(cli("run", "Once", "hi", *REST), 66, "Once: no such folder")
 
 
 def test_model_path_is_the_model_or_the_demo(small: Path) -> None:

@@ -200,7 +200,7 @@ WIDTHS = st.lists(st.integers(1, 128), min_size=6, max_size=6)
 DROPPED = st.sets(st.integers(4, 5), max_size=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(WIDTHS, DROPPED)
 def test_a_slice_spelt_out_is_the_same_slice(widths: list[int], dropped: set[int]) -> None:
     keep = tuple(i for i in range(6) if i not in dropped)
@@ -241,7 +241,7 @@ RESULTS = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(RESULTS, st.randoms(use_true_random=False), st.lists(st.integers(0, 1 << 20), min_size=2, max_size=6))
 def test_more_budget_is_never_worse_and_order_does_not_matter(
     results: list[Measured], shuffle: random.Random, extra: list[int]

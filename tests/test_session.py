@@ -25,7 +25,7 @@ from edge.budget.plan import Floor
 from edge.budget.price import logits_bytes
 from edge.budget.watch import Watch
 from edge.engine.torch_blocks import Blocks
-from edge.generate import Event
+from edge.generate import PIECE, Event, encode
 from edge.session import Session
 from edge.store.text import tokenizer_bytes
 from loaders.checkpoint import Checkpoint
@@ -243,6 +243,22 @@ def test_events_tell_the_whole_story(load: Load) -> None:
     assert timing.prefill_tps == pytest.approx(prompt / timing.prefill_s)
     assert timing.decode_tps == pytest.approx(9 / timing.decode_s)
     assert timing.read_gbps == pytest.approx(timing.decode_tps * session.plan.bytes["weights"] / 1e9)
+
+
+@pytest.mark.parametrize("most", [100, 40_000])
+def test_of_a_prompt_far_too_long_only_the_beginning_is_encoded(most: int) -> None:
+    class Stub:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def encode(self, text: str) -> list[int]:
+            self.seen.append(len(text))
+            return [0] * (len(text) // 4)
+
+    stub = Stub()
+    assert most < len(encode(stub, "x" * 10_000_000, most)) <= 2 * most + PIECE  # type: ignore[arg-type]
+    assert max(stub.seen) <= 8 * most + PIECE
+    assert len(encode(stub, "x" * 60_000, most)) == 15_000  # type: ignore[arg-type]
 
 
 def test_streamed_text_is_the_decoded_text_and_splits_no_character(load: Load) -> None:

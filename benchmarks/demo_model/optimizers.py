@@ -109,7 +109,7 @@ def optimizers(params: Params, kind: str, *, lr: float, rest_lr: float, table_lr
 
 def schedule(step: int, steps: int, warmup: int) -> float:
     """The share of the peak learning rate: up in ``warmup`` steps, then down to zero in a straight line."""
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
 def set_rate(found: list[Stepper], share: float) -> None:

@@ -19,7 +19,8 @@ from benchmarks.demo_model.shape import CONFIG, read_config
 
 SPECIAL = ("<pad>", "<eos>", "<bos>")
 BOS = SPECIAL.index("<bos>")
-# Pieces of text for the tokenizer's threads: whole paragraphs, so that no piece changes how it is split.
+# Pieces of text for the tokenizer's threads. Cut after line ends that no blanks stand beside, as in this corpus, they
+# give the tokens of the whole.
 PIECE = 1 << 20
 
 

@@ -58,7 +58,7 @@ def load_state(path: Path, params: Params, optimizers: list[Stepper]) -> int:
     return step
 
 
-def save_checkpoint(folder: Path, params: Params, tokenizer: Path) -> None:
+def save_checkpoint(folder: Path, params: Params, tokenizer: Path, config_path: Path = CONFIG) -> None:
     """The model as ``transformers`` and edge read it: config.json, bf16 safetensors in shards, tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
@@ -82,7 +82,7 @@ def save_checkpoint(folder: Path, params: Params, tokenizer: Path) -> None:
         "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
     }
     write_json(folder / "model.safetensors.index.json", index)
-    config = read_config(CONFIG)
+    config = read_config(config_path)
     write_json(folder / "config.json", config)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.7, "top_k": 40})

@@ -85,8 +85,10 @@ class Run:
                 self.log(step=now, heldout=self.evaluate("full"))
             if now % SAVE_EVERY == 0 or now == self.args.steps:
                 state.save_state(path, now, self.params, self.optimizers)
-        self.log(step=self.args.steps, final=self.final(), seconds=time.perf_counter() - start)
-        state.save_checkpoint(self.args.out / "model", self.params, self.args.data / "tokenizer.json")
+        if not ended(self.log_path, self.args.steps):
+            self.log(step=self.args.steps, final=self.final(), seconds=time.perf_counter() - start)
+        tokenizer = self.args.data / "tokenizer.json"
+        state.save_checkpoint(self.args.out / "model", self.params, tokenizer, self.args.config)
 
     def step(self, step: int) -> Tensor:
         """One update; its loss, still on the device."""
@@ -156,6 +158,12 @@ def cut_log(path: Path, done: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
+
+
+def ended(path: Path, steps: int) -> bool:
+    """Whether a log says how a run of so many steps ended."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any("final" in line and json.loads(line)["step"] == steps for line in lines)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -33,6 +33,8 @@ KEEPS = {
 }
 ORDER = {Recipe(*key): place for place, key in enumerate(KEEPS)}
 MEASURED = "measured"
+# Decimals of a loss that tell plans apart.
+DIGITS = 3
 # Every candidate is priced: of thousands of measured slices that nobody named, as many as nobody has to wait for.
 MOST_UNNAMED = 64
 # A slice without its name: the layers it keeps, and their widths.
@@ -65,8 +67,8 @@ class Quality:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """What to sort by."""
-        return self.depth, self.score
+        """What to sort by. Losses less than DIGITS apart are one: int8 may seem better than what it was made of."""
+        return self.depth, round(self.score, DIGITS) if self.origin == MEASURED else self.score
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -111,7 +113,7 @@ def contains(large: Cut, small: Cut) -> bool:
 
 @dataclass(frozen=True)
 class Losses:
-    """Results that compare, by slice and precision: of one text and one context, the full model's among them."""
+    """Results that compare, by slice and precision: of one text in the same windows, the full model's among them."""
 
     model: Model
     results: dict[Cut, dict[Recipe, Measured]]
@@ -179,13 +181,13 @@ class Losses:
 
 
 def comparable(model: Model, measured: Iterable[Measured]) -> Losses | None:
-    """The results on the text and context that most were measured on, the full model among them; None without it.
+    """The results on the text and windows that most were measured on, the full model among them; None without it.
 
     Where there are as many, those over more tokens, then of the longer context.
     """
-    groups: dict[tuple[int, str], list[Measured]] = {}
+    groups: dict[tuple[int, int, str], list[Measured]] = {}
     for result in sorted(measured, key=lambda m: (m.keep, m.widths, ORDER[m.recipe])):
-        groups.setdefault((result.context, result.text), []).append(result)
+        groups.setdefault(result.ground, []).append(result)
     whole = cut(full(model))
     there = {key: group for key, group in groups.items() if any(cut(m.part) == whole for m in group)}
     if not there:

@@ -29,7 +29,7 @@ from loaders.text.tokenizer import AnyTokenizer
 __all__ = ["Calibration", "Choice", "Point", "Sensitivity", "calibrate"]
 
 TOKENS, LEAST_TOKENS = 8192, 64
-POINTS = 6
+POINTS, MOST_POINTS = 6, 64
 # Slices that are measured for a budget once the layers are known: for one, and for each point of a curve.
 EFFORT, CURVE_EFFORT = 16, 4
 
@@ -85,6 +85,8 @@ def check(points: int, tokens: int, effort: int | None, step: int | None) -> Non
     for field, found, low in least:
         if found is not None and found < low:
             raise Usage(found, field=field, expected=f"{low} or more")
+    if points > MOST_POINTS:
+        raise Usage(points, field="--points", expected=f"at most {MOST_POINTS}")
 
 
 def usual_precision(source: Source) -> str:

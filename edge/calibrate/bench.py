@@ -18,7 +18,7 @@ from loaders.network.matformer import Slice
 
 FINALISTS = 4
 # Nats per token that a few thousand tokens cannot tell apart: on tale-3n differences of 0.0017 between slices that were
-# chosen among many did not show on other text. Of slices closer than that the smallest is the best.
+# chosen among many did not show on other text. Of slices closer than that the largest is the best.
 NOISE = 0.002
 # Predictions to take finalists from: by what layers cost the full model, the narrowest, and both.
 WEIGHTS = (0.5, 1.0, 0.0)
@@ -197,10 +197,12 @@ class Search:
         return sorted(found, key=lambda point: (point.loss, point.bytes, point.part.name))
 
     def best(self, budget: int) -> Point:
-        """The smallest of the measured slices within a budget that lose least, as far as can be told."""
+        """The largest of the measured slices within a budget that lose least, as far as can be told: what the text
+        does not tell apart is told by what was kept, and bytes below a budget are worth nothing.
+        """
         found = self.fitting(budget)
         close = (point for point in found if point.loss <= found[0].loss + NOISE)
-        return min(close, key=lambda point: (point.bytes, point.loss, point.part.name))
+        return min(close, key=lambda point: (-point.bytes, point.loss, point.part.name))
 
     def climb(self, budget: int, effort: int, predict: Prediction) -> None:
         """Measures neighbours of the best slice, those first that should gain most, and goes on from what is better."""

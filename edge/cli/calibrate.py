@@ -17,9 +17,11 @@ from edge.budget.units import format_bytes
 from edge.calibrate import POINTS, TOKENS, Calibration, Choice, calibrate
 from edge.cli.model import model_path, say_demo
 from edge.cli.show import print_json, progress, stderr, stdout
+from edge.corpus import open_text
 from edge.session import open_source
+from edge.session import quiet as quietly
 from edge.store.measured import save
-from loaders.errors import CannotCreate, NotPermitted, ReadFailed, Usage
+from loaders.errors import CannotCreate, NotPermitted, ReadFailed, Usage, printable
 from loaders.formats.atomic import BROKEN, temporary, umask
 from loaders.network.matformer import Slice
 
@@ -60,19 +62,20 @@ def command(
         raise Usage("-o without a budget", field="--output", expected="--budget SIZE: a curve is many slices")
     if output is not None:
         writable(Path(output), force)
+    open_text(Path(text), flags["tokens"]).close()  # what is not there is better known before a library is loaded
     with progress(stderr(), not (quiet or as_json)) as notify:
         found = calibrate(path, text, notify=notify, **flags)
-        with closing(open_source(path)) as source:
-            if not as_json:
+    with closing(open_source(path)) as source:
+        if not as_json:  # before a full disk can be in the way
+            if not quiet:
                 say_demo(model, source.model)
-            if output is not None:
-                write(Path(output), found.choices[0].winner.part, len(source.model.layers), force)
-            kept = save(source, found.measured, notify) if keep else None
+            show(found, "edge run" if model is None else f"edge run {shlex.quote(model)}", output)
+        if output is not None:
+            write(Path(output), found.choices[0].winner.part, len(source.model.layers), force)
+        kept = printable(save(source, found.measured, quietly)) if keep else None
     if as_json:
-        print_json({"model": str(path), **found.as_dict(), "saved": None if kept is None else str(kept)})
-        return
-    show(found, "edge run" if model is None else f"edge run {shlex.quote(model)}", output)
-    if kept is not None:
+        print_json({"model": printable(path), **found.as_dict(), "saved": kept})
+    elif kept is not None:
         stdout().print(f"kept {len(found.measured)} results in {kept}", markup=False, soft_wrap=True)
 
 

@@ -28,7 +28,7 @@ from loaders.formats.sharded import Notify
 from loaders.slices import resolve
 
 REPEATED = ("slice", "precision")
-USUAL = "full, as stored; with --budget what `edge run` would take"
+USUAL = "[default: full, as stored; with --budget what `edge run` would take]"
 EXACT = ("float32", "bf16")
 # What a text may take of the room that a floor is rounded up by.
 SMALL = 1 << 20
@@ -44,8 +44,7 @@ def planning_all(command: F) -> F:
             flag,
             metavar=metavar,
             multiple=True,
-            show_default=USUAL,
-            help="Give it again for several: all combinations.",
+            help=f"Give it again for several: all combinations.  {USUAL}",
         )(command)
     return command
 
@@ -92,13 +91,17 @@ def command(**flags: Any) -> int:
     with progress(console, loud) as notify:
         job = Job(path, file, flags, say, notify)
         text, results = job.measure()
-        kept = job.save(results) if flags["save"] else None
+    if not flags["as_json"]:  # before a full disk can be in the way
+        stdout().print(table(results))
+        for line in account(results):
+            say(line)
+    kept = None
+    if flags["save"]:
+        with progress(console, loud) as notify:
+            kept = job.save(results, notify)
+        say(f"kept in {printable(kept)}")
     if flags["as_json"]:
         print_json(report(job, text, results, kept))
-        return 0
-    stdout().print(table(results))
-    for line in (*account(results), *(() if kept is None else (f"kept in {printable(kept)}",))):
-        say(line)
     return 0
 
 
@@ -107,6 +110,8 @@ def check(flags: dict[str, Any]) -> None:
     tokens, context, stride = flags["tokens"], flags["context"], flags["stride"]
     if tokens is not None and tokens < 2:
         raise Usage(tokens, field="--tokens", expected="2 or more")
+    if context is not None and context < 2:
+        raise Usage(context, field="--context", expected="2 or more")
     if stride is not None and (stride < 1 or (context is not None and stride > context)):
         raise Usage(stride, field="--stride", expected=f"1 to {'the context' if context is None else context}")
 
@@ -206,12 +211,12 @@ class Job:
             score = evaluate(session, text, context=context, stride=stride, reference=reference, notify=notify)
             return Result(session.plan, score, measured_of(session, score, text), session.memory())
 
-    def save(self, results: Sequence[Result]) -> Path:
+    def save(self, results: Sequence[Result], notify: Notify) -> Path:
         """Keeps the results with the model's pack; its folder."""
         from edge.store.measured import save
 
         with closing(open_source(self.path)) as source:
-            return save(source, [result.measured for result in results], self.notify)
+            return save(source, [result.measured for result in results], notify)
 
 
 def account(results: Sequence[Result]) -> Iterator[str]:

@@ -11,6 +11,8 @@ from loaders.errors import MissingFile
 from loaders.network.spec import Model
 from loaders.network.tensors import total
 
+PATHS = ("/", "./", "../", "~/")
+
 
 def model_path(text: str | None) -> Path:
     """What MODEL names, whether or not it is there; None is the demo.
@@ -31,15 +33,16 @@ def told_apart(first: str | None, second: str | None, flag: str | None) -> tuple
     """(MODEL, PROMPT) of the arguments ``first`` and ``second``; ``flag`` is the prompt of -p.
 
     One argument alone is MODEL where it names something that exists. Else text of several words is PROMPT, for the
-    demo, and so is '-', standard input. Raises MissingFile for a single word: more likely a MODEL that is not there.
+    demo, and so is '-', standard input. Raises MissingFile for a single word, and for what begins as paths do: more
+    likely a MODEL that is not there.
     """
     if first is None or second is not None or flag is not None or os.path.lexists(first):
         return first, second
-    if first == "-" or any(c.isspace() for c in first):
+    if first == "-" or (any(c.isspace() for c in first) and not first.startswith(PATHS)):
         return None, first
     raise MissingFile(
         "no such folder",
-        file=first,
+        file=first or "''",  # a variable that is not set
         expected="a checkpoint folder with config.json, or a pack",
-        hint="The demo model takes a prompt of one word with -p",
+        hint="The demo model takes any prompt with -p",
     )

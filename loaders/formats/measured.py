@@ -39,8 +39,9 @@ class Measured:
 
     ``name``: the slice's, for people; ``keep`` and ``widths``: its source layers, and the FFN width of each.
     ``precision`` and ``head``: as in :class:`Recipe`. ``loss``: nats per token, over ``tokens`` scored tokens that saw
-    at most ``context`` tokens. ``text``: SHA-256 (hex) of the text file; results on different texts do not compare.
-    ``kl`` (nats) and ``top1`` (a share) compare with the unquantized full model, None where nothing was compared.
+    at most ``context`` tokens, in windows that moved on by ``stride`` (0: not said). ``text``: SHA-256 (hex) of the
+    text scored; results on different texts, or in other windows, do not compare. ``kl`` (nats) and ``top1`` (a share)
+    compare with the unquantized full model, None where nothing was compared.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Measured:
     text: str
     kl: float | None = None
     top1: float | None = None
+    stride: int = 0
 
     @property
     def part(self) -> Slice:
@@ -69,7 +71,12 @@ class Measured:
     @property
     def key(self) -> tuple[object, ...]:
         """What it is a result of: another with the same key takes its place."""
-        return self.keep, self.widths, self.precision, self.head, self.text, self.context
+        return self.keep, self.widths, self.precision, self.head, *self.ground
+
+    @property
+    def ground(self) -> tuple[int, int, str]:
+        """What results must share to compare."""
+        return self.context, self.stride, self.text
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, as :func:`parse` takes it."""
@@ -153,6 +160,7 @@ def _entry(value: Any, file: str, at: str, model: Model) -> Measured:
         text=config.str("text"),
         kl=config.float("kl", default=None, low=LEAST_KL, high=MOST_LOSS),
         top1=config.float("top1", default=None, high=1.0),
+        stride=config.int("stride", default=0, low=0),
     )
     config.finish()
     if not (0 < len(found.name) <= MOST_NAME and found.name.isprintable()):
