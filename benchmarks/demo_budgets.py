@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROMPT, NEW = "Once upon a time", 48
+PROMPT, NEW = "Once upon a time", 64
 MB = 10**6
 # What is resident before a run begins moves by pages from one process to the next.
 SPARE = MB // 2
@@ -63,7 +63,7 @@ def chosen(budget: int) -> tuple[str, str, str]:
 
 def run(budget: int) -> dict[str, Any]:
     """One budget: the plan's line as people see it, the plan, the peak and the text."""
-    args = ("run", "--budget", f"{budget // MB}MB", "--device", "cpu", "--temp", "0", "-n", str(NEW), PROMPT)
+    args = ("run", "--budget", f"{budget // MB}MB", "--device", "cpu", "-s", "1", "-n", str(NEW), PROMPT)
     loud, plain = edge(*args), edge(*args, "--json")
     for done in (loud, plain):
         if done.returncode:

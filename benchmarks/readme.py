@@ -199,7 +199,7 @@ def demo_budgets() -> str:
 def told(line: dict[str, Any]) -> str:
     """A run of the demo as a terminal shows it, its text in lines of a README's width."""
     budget, peak = line["budget_bytes"], line["peak_bytes"]
-    command = f'$ edge run --budget {budget // 10**6}MB --temp 0 -n {line["new"]} "{line["prompt"]}"'
+    command = f'$ edge run --budget {budget // 10**6}MB -s 1 -n {line["new"]} "{line["prompt"]}"'
     said = [part for plan in line["said"] for part in textwrap.wrap(plan, 110, subsequent_indent=" " * 8)]
     text = textwrap.wrap(line["text"].strip(), 110)
     figures = f"peak memory: {format_bytes(peak)} of {format_bytes(budget)} budget ({peak / budget:.0%})"

@@ -87,9 +87,10 @@ def made(case: str, name: str, head: str = "bf16", layers: int = 12, **more: Any
         "planned_bytes": 300 << 20,
         "weights_bytes": 13 << 20,
     }
-    score = {"loss": 3.0, "kl": 0.1, "top1": 0.9, "bits_per_byte": 1.2, "tokens": 64, "context": 32, "text": "0" * 64}
+    score = {"loss": 3.0, "kl": 0.1, "top1": 0.9, "bits_per_byte": 1.2, "text": "0" * 64}
+    text = {"tokens": 64, "context": 32, "stride": 32}
     about = {"file": "text", "machine": "x86_64", "cores": 2, "date": "2026-01-01"}
-    return {"case": case, "slice": name, "precision": "bf16", "head": head, **size, **score, **about, **more}
+    return {"case": case, "slice": name, "precision": "bf16", "head": head, **size, **score, **text, **about, **more}
 
 
 def test_the_readme_shows_every_slice_and_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
