@@ -9,6 +9,8 @@ slice.json                             {"layers_to_skip": [20], "ffn_hidden_dims
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 from loaders.errors import Usage
@@ -110,6 +112,19 @@ def widths(text: str) -> tuple[int, ...]:
             raise Usage(f"{item!r}", field="--slice ffn", expected="widths as 8192x20,16384x15")
         found.extend([int(match[1])] * int(match[2] or 1))
     return tuple(found)
+
+
+def spelled(model: Model, part: Slice) -> str:
+    """A name that means this slice: skip=20-24+ffn=8192x20,16384x10."""
+    dropped = ranges(set(range(len(model.layers))).difference(part.keep))
+    widths = ",".join(f"{width}x{count}" for width, count in part.runs)
+    return (f"skip={dropped}+" if dropped else "") + f"ffn={widths}"
+
+
+def ranges(layers: Iterable[int]) -> str:
+    """As :func:`layers` reads them: [10, 11, 12, 15] -> '10-12,15'."""
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(layers)), lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def from_file(model: Model, path: Path) -> Slice:

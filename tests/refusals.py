@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,14 @@ from loaders.errors import BadCheckpoint, EdgeError, Unsupported
 from tests.shrink import parse
 
 EXIT_CODES = {BadCheckpoint: 65, Unsupported: 78}
+
+
+def change_in(raw: dict[str, Any], change: Callable[[dict[str, Any]], object] | dict[str, Any]) -> None:
+    """Makes a configuration one to refuse: by what changes it, or by the keys that are other."""
+    if callable(change):
+        change(raw)
+    else:
+        raw.update(change)
 
 
 def refused(raw: dict[str, Any], error: type[EdgeError], *messages: str) -> None:

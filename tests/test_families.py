@@ -21,7 +21,7 @@ from loaders.network.spec import AltUp, Attention, Llama3Scaling, Model, Rope, m
 from loaders.network.tensors import head, tensors, total
 from tests.conftest import Folder, Open
 from tests.makers import Tensors, assert_close, distance, prompt, set_config, theirs, variant
-from tests.refusals import refused
+from tests.refusals import change_in, refused
 from tests.shrink import GEMMA, NAMES, kinds, parse, real, shrink
 
 PARAMETERS = {
@@ -455,10 +455,7 @@ REFUSED: dict[str, tuple[str, Change, type[EdgeError], tuple[str, ...]]] = {
 def test_configs_that_are_refused_by_name(case: str) -> None:
     name, change, error, messages = REFUSED[case]
     raw = real(name)
-    if callable(change):
-        change(raw)
-    else:
-        raw.update(change)
+    change_in(raw, change)
     refused(raw, error, *messages)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loaders.errors import BadCheckpoint, EdgeError, Unsupported
-from tests.refusals import refused
+from tests.refusals import change_in, refused
 from tests.shrink import parse, real
 
 MOE, SMOL, OLMO, MISTRAL, SMALL, GPT2 = (
@@ -102,10 +102,7 @@ REFUSED = {**{k: (*v, Unsupported) for k, v in UNSUPPORTED.items()}, **{k: (*v, 
 def test_configs_that_are_refused_by_name(case: str) -> None:
     name, change, messages, error = REFUSED[case]
     raw = real(name)
-    if callable(change):
-        change(raw)
-    else:
-        raw.update(change)
+    change_in(raw, change)
     refused(raw, error, *messages)
 
 

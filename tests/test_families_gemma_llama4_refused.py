@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loaders.errors import BadCheckpoint, EdgeError, Unsupported
-from tests.refusals import refused
+from tests.refusals import change_in, refused
 from tests.shrink import parse, real
 from tests.test_families_gemma_llama4 import MAVERICK, SCOUT, text_part
 
@@ -143,10 +143,7 @@ def test_configs_that_are_refused_by_name(case: str) -> None:
     name, change, error, messages = REFUSED[case]
     raw = real(name)
     text = text_part(raw)
-    if callable(change):
-        change(text)
-    else:
-        text.update(change)
+    change_in(text, change)
     refused(raw, error, *messages)
 
 

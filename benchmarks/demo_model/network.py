@@ -7,7 +7,6 @@ matrices (Muon) gives each block a full step, however well the narrower ones do 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from math import sqrt
 
@@ -17,9 +16,10 @@ from torch.nn import functional
 
 from benchmarks.demo_model.ops import Batch, Nested
 from loaders.network.altup import altup_decoder
-from loaders.network.matformer import Slice, full, sliced, source_name
+from loaders.network.matformer import full, sliced, source_name
 from loaders.network.spec import Gated, Model
 from loaders.network.tensors import PLE_TABLE, flat, tensors
+from loaders.slices import SKIP_FIRST_SHARED, named
 
 Params = dict[str, list[Tensor]]
 # What multiplies a layer's own share of the stream begins small, so that the embedding is not drowned at first.
@@ -69,21 +69,11 @@ def joined(name: str, blocks: list[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, axis_of(name) or 0)
 
 
-def without(model: Model, skip: bool) -> Slice:
-    """All of the model, or all but the block that slices may skip."""
-    everything = full(model)
-    if not skip:
-        return everything
-    assert model.nested is not None
-    keep = tuple(i for i in everything.keep if i not in model.nested.skippable)
-    return replace(everything, name="skip-first-shared", keep=keep, widths=tuple(everything.widths[i] for i in keep))
-
-
 class Network:
     """The loss of a model, or of what is left of it when its skippable block is left out."""
 
     def __init__(self, model: Model, length: int, device: torch.device, dtype: torch.dtype, skip: bool = False) -> None:
-        self.part = without(model, skip)
+        self.part = named(model, SKIP_FIRST_SHARED) if skip else full(model)
         self.model, self.length = sliced(model, self.part), length
         self.device, self.dtype = device, dtype
         self.op = Batch(model, length, device, dtype)

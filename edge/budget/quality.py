@@ -18,7 +18,7 @@ from loaders.formats.recipe import Recipe
 from loaders.network.matformer import Slice, full, sliced
 from loaders.network.spec import Model
 from loaders.network.tensors import total
-from loaders.slices import named
+from loaders.slices import named, spelled
 
 # Four answers to choose from.
 CHANCE = 25.0
@@ -202,27 +202,3 @@ def comparable(model: Model, measured: Iterable[Measured]) -> Losses | None:
 def nearest(results: dict[Recipe, Measured], recipe: Recipe) -> Measured:
     """The result at a precision, or at the one next to it; of two the more precise."""
     return results[min(results, key=lambda other: (abs(ORDER[other] - ORDER[recipe]), ORDER[other]))]
-
-
-def spelled(model: Model, part: Slice) -> str:
-    """A name that means this slice: skip=20-24+ffn=8192x20,16384x10."""
-    dropped = [i for i in range(len(model.layers)) if i not in set(part.keep)]
-    skip = ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs(dropped))
-    widths: list[list[int]] = []
-    for width in part.widths:
-        if widths and widths[-1][0] == width:
-            widths[-1][1] += 1
-        else:
-            widths.append([width, 1])
-    return (f"skip={skip}+" if skip else "") + "ffn=" + ",".join(f"{width}x{count}" for width, count in widths)
-
-
-def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as first and last of each run without a gap."""
-    found: list[tuple[int, int]] = []
-    for n in numbers:
-        if found and found[-1][1] == n - 1:
-            found[-1] = (found[-1][0], n)
-        else:
-            found.append((n, n))
-    return found

@@ -8,7 +8,7 @@ slice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from dataclasses import replace
 from typing import Any
 
 from edge.budget.plan import Floor, Request, split, wanted_runs
@@ -18,6 +18,7 @@ from loaders.errors import Unsupported, Usage
 from loaders.formats.recipe import Recipe
 from loaders.network.matformer import Slice, full, sliced
 from loaders.network.spec import Model
+from loaders.slices import ranges
 
 # Choices per layer: what is searched grows with their square.
 MOST_WIDTHS = 32
@@ -30,18 +31,11 @@ Costs = Sequence[Mapping[int, int]]
 def slice_of(model: Model, widths: Sequence[int], skip: Sequence[int] = ()) -> Slice:
     """The slice that gives source layer i ``widths[i]`` and leaves ``skip`` out, by a name that ``--slice`` takes."""
     keep = tuple(i for i in range(len(model.layers)) if i not in skip)
-    found = tuple(widths[i] for i in keep)
-    if (keep, found) == (full(model).keep, full(model).widths):
+    found = Slice("", keep, tuple(widths[i] for i in keep))
+    if found == replace(full(model), name=""):
         return full(model)
-    counts = [(width, len(list(run))) for width, run in groupby(found)]
-    name = "ffn=" + ",".join(f"{width}x{count}" if count > 1 else str(width) for width, count in counts)
-    return Slice(name + (f"+skip={ranges(skip)}" if skip else ""), keep, found)
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """[10, 11, 12, 15] -> '10-12,15'."""
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(layers)), lambda pair: pair[1] - pair[0])]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    name = "ffn=" + ",".join(f"{width}x{count}" if count > 1 else str(width) for width, count in found.runs)
+    return replace(found, name=name + (f"+skip={ranges(skip)}" if skip else ""))
 
 
 def widths_of(model: Model, step: int | None = None) -> tuple[tuple[int, ...], ...]:

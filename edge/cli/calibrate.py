@@ -16,13 +16,14 @@ from rich.table import Table
 from edge.budget.units import format_bytes
 from edge.calibrate import POINTS, TOKENS, Calibration, Choice, calibrate
 from edge.cli.model import model_path, say_demo
+from edge.cli.options import OPTIONS
 from edge.cli.show import print_json, progress, stderr, stdout
 from edge.corpus import open_text
 from edge.session import open_source
 from edge.session import quiet as quietly
 from edge.store.measured import save
-from loaders.errors import CannotCreate, NotPermitted, ReadFailed, Usage, printable
-from loaders.formats.atomic import BROKEN, temporary, umask
+from loaders.errors import CannotCreate, Usage, printable
+from loaders.formats.atomic import refusal, temporary, umask
 from loaders.network.matformer import Slice
 
 
@@ -38,8 +39,8 @@ from loaders.network.matformer import Slice
     "--precision", metavar="auto|int4|int8|bf16|float32", help="Of the weights.  [default: bf16, a pack's best]"
 )
 @click.option("-c", "--context", "--ctx-size", type=int, metavar="N", help="Tokens of context that must fit too.")
-@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where to run.", default="auto", show_default=True)
-@click.option("--engine", metavar="auto|native|torch|ort", help="What runs it.", default="auto", show_default=True)
+@OPTIONS["device"]
+@OPTIONS["engine"]
 @click.option("-o", "--output", metavar="FILE", help="Write the slice as a JSON file that --slice takes.")
 @click.option("--force", is_flag=True, help="Let -o replace a file.")
 @click.option("--save", "keep", is_flag=True, help="Keep results in the model's pack: plans go by them.")
@@ -82,9 +83,14 @@ def command(
 def writable(output: Path, force: bool) -> None:
     """Raises CannotCreate for a file that cannot be written, before minutes are spent on what goes into it."""
     if os.path.lexists(output) and (not force or os.path.isdir(output)):
-        raise CannotCreate("already there", file=output, expected="a file that does not exist yet, or --force")
+        raise already_there(output)
     if not os.path.isdir(output.absolute().parent):
         raise CannotCreate("no such folder", file=output.absolute().parent, expected="a folder to write into")
+
+
+def already_there(output: Path) -> CannotCreate:
+    """A file of the user's is not replaced unasked."""
+    return CannotCreate("already there", file=output, expected="a file that does not exist yet, or --force")
 
 
 def write(output: Path, part: Slice, layers: int, force: bool) -> None:
@@ -107,13 +113,9 @@ def write(output: Path, part: Slice, layers: int, force: bool) -> None:
             with suppress(FileNotFoundError):
                 os.unlink(name)
     except FileExistsError:
-        raise CannotCreate(
-            "already there", file=output, expected="a file that does not exist yet, or --force"
-        ) from None
-    except PermissionError as e:
-        raise NotPermitted(e.strerror, file=output) from None
+        raise already_there(output) from None
     except OSError as e:
-        raise (ReadFailed if e.errno in BROKEN else CannotCreate)(e.strerror or type(e).__name__, file=output) from None
+        raise refusal(e, output) from None
 
 
 def show(found: Calibration, run: str, output: str | None) -> None:

@@ -16,7 +16,7 @@ from edge.budget.memory import trim
 from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick, wanted_recipes
 from edge.budget.units import format_bytes
 from edge.cli.model import model_path, say_demo
-from edge.cli.options import F, planning, wanted
+from edge.cli.options import F, planning_but, wanted
 from edge.cli.show import plan_lines, print_json, progress, stderr, stdout
 from edge.corpus import open_text
 from edge.evaluate import CONTEXT, Score, Text, evaluate, measured_of, read_text, span
@@ -36,9 +36,7 @@ SMALL = 1 << 20
 
 def planning_all(command: F) -> F:
     """The flags of a plan, of which --slice and --precision may be given again and again."""
-    command = planning(command)
-    options: list[click.Parameter] = command.__click_params__  # type: ignore[attr-defined]
-    options[:] = [option for option in options if option.name not in REPEATED]
+    command = planning_but(*REPEATED)(command)
     for flag, metavar in (("--precision", "int4|int8|bf16|float32"), ("--slice", "NAME")):
         command = click.option(
             flag,

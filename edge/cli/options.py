@@ -16,24 +16,37 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 AUTO = {"default": "auto", "show_default": True}
-OPTIONS = (
-    click.option("--budget", metavar="SIZE", help="All the memory the run may use: 2GB, 1.5GiB, bytes."),
-    click.option("--ram-budget", metavar="SIZE", help="On a GPU: the host memory the run may use."),
-    click.option("-c", "--context", "--ctx-size", type=int, metavar="N", help="Tokens of context."),
-    click.option("--device", metavar="auto|cpu|cuda|mps", help="Where to run.", **AUTO),
-    click.option("--engine", metavar="auto|native|torch|ort", help="What runs it.", **AUTO),
-    click.option("--slice", metavar="NAME", help="A slice: E2B, half, ffn=8192x20,16384x15, a JSON file.", **AUTO),
-    click.option("--precision", metavar="auto|int4|int8|bf16|float32", help="Of the weights.", **AUTO),
-    click.option("--ple", metavar="auto|device|ram|ssd", help="Where the per-layer embeddings live.", **AUTO),
-    click.option("--kv", metavar="auto|int8|bf16|float32", help="Precision of the cache of keys and values.", **AUTO),
-)
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "budget": click.option("--budget", metavar="SIZE", help="All the memory the run may use: 2GB, 1.5GiB, bytes."),
+    "ram-budget": click.option("--ram-budget", metavar="SIZE", help="On a GPU: the host memory the run may use."),
+    "context": click.option("-c", "--context", "--ctx-size", type=int, metavar="N", help="Tokens of context."),
+    "device": click.option("--device", metavar="auto|cpu|cuda|mps", help="Where to run.", **AUTO),
+    "engine": click.option("--engine", metavar="auto|native|torch|ort", help="What runs it.", **AUTO),
+    "slice": click.option(
+        "--slice", metavar="NAME", help="A slice: E2B, half, ffn=8192x20,16384x15, a JSON file.", **AUTO
+    ),
+    "precision": click.option("--precision", metavar="auto|int4|int8|bf16|float32", help="Of the weights.", **AUTO),
+    "ple": click.option("--ple", metavar="auto|device|ram|ssd", help="Where the per-layer embeddings live.", **AUTO),
+    "kv": click.option(
+        "--kv", metavar="auto|int8|bf16|float32", help="Precision of the cache of keys and values.", **AUTO
+    ),
+}
 
 
 def planning(command: F) -> F:
     """Everything that decides a plan."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+    return planning_but()(command)
+
+
+def planning_but(*names: str) -> Callable[[F], F]:
+    """Everything that decides a plan but the options called so."""
+
+    def add(command: F) -> F:
+        for name in reversed(OPTIONS):
+            command = command if name in names else OPTIONS[name](command)
+        return command
+
+    return add
 
 
 @dataclass(frozen=True)

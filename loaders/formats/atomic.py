@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loaders.errors import CannotCreate, NotPermitted, ReadFailed
+from loaders.errors import CannotCreate, EdgeError, NotPermitted, ReadFailed
 
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -50,6 +50,16 @@ def fresh_folder(output: str | Path, needed: int = 0) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # it is there already, and some file systems cannot sync a folder
         sync(parent)
+
+
+def refusal(error: OSError, file: str | Path) -> EdgeError:
+    """What a file that cannot be written is refused with: NotPermitted, ReadFailed where the disk is full or broken,
+    CannotCreate.
+    """
+    if isinstance(error, PermissionError):
+        return NotPermitted(error.strerror, file=file)
+    kind = ReadFailed if error.errno in BROKEN else CannotCreate
+    return kind(error.strerror or type(error).__name__, file=file)
 
 
 def temporary(name: str) -> str:

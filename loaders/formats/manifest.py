@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from loaders.errors import BadCheckpoint, CannotCreate, MissingFile, NotPermitted, ReadFailed, Unsupported
-from loaders.formats.atomic import BROKEN, sync
+from loaders.errors import BadCheckpoint, CannotCreate, MissingFile, Unsupported
+from loaders.formats.atomic import refusal, sync
 from loaders.formats.config import MIB, open_regular, read_json, short, show
 from loaders.formats.safetensors import read_exactly
 
@@ -82,11 +82,8 @@ def rewrite(folder: Path, manifest: dict[str, Any]) -> None:
             shutil.copymode(path, fresh)
             sync(fresh)
             os.replace(fresh, path)
-    except PermissionError as e:
-        raise NotPermitted(e.strerror, file=path) from None
     except OSError as e:
-        kind = ReadFailed if e.errno in BROKEN else CannotCreate
-        raise kind(e.strerror or type(e).__name__, file=path) from None
+        raise refusal(e, path) from None
     with suppress(OSError):  # it is there already, and some file systems cannot sync a folder
         sync(folder)
 

@@ -8,6 +8,7 @@ is untouched, so a slice costs no copy: it is a list of row and column ranges.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from loaders.errors import Usage
 from loaders.formats.safetensors import Window
@@ -25,13 +26,12 @@ class Slice:
 
     def describe(self) -> str:
         """One phrase for people: how many layers, which widths."""
-        runs: list[list[int]] = []
-        for width in self.widths:
-            if runs and runs[-1][0] == width:
-                runs[-1][1] += 1
-            else:
-                runs.append([width, 1])
-        return f"{len(self.keep)} layers, FFN " + ", ".join(f"{w}x{n}" for w, n in runs)
+        return f"{len(self.keep)} layers, FFN " + ", ".join(f"{w}x{n}" for w, n in self.runs)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(width, how many layers in a row have it)."""
+        return [(width, len(list(run))) for width, run in groupby(self.widths)]
 
 
 @dataclass(frozen=True)
