@@ -23,7 +23,6 @@ from edge.sampling import Sampler, Sampling
 from edge.store import packs
 from edge.store.measured import measured
 from edge.store.text import open_tokenizer, text_folder, tokenizer_bytes
-from edge.store.weights import Source
 from loaders.checkpoint import Checkpoint
 from loaders.errors import MissingFile, OverBudget, Usage
 from loaders.formats.manifest import is_pack
@@ -35,6 +34,7 @@ from loaders.sketch import sketch
 from loaders.text.generation import GenerationDefaults, read_generation
 from loaders.text.template import ChatTemplate
 from loaders.text.tokenizer import AnyTokenizer, StreamDecoder
+from loaders.weights import Source
 
 
 def quiet(what: str, done: int, total: int) -> None:

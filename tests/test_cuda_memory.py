@@ -10,9 +10,9 @@ from edge.budget.plan import Floor, Request, enumerate_plans
 from edge.budget.price import CUDA_SCRATCH
 from edge.engine.cuda_memory import refusals
 from edge.engine.torch_weights import ALIGNED, DTYPE, RAW_BITS, Arena, to_device
-from edge.store.weights import Stream
 from loaders.errors import OverBudget
 from loaders.formats.safetensors import Window
+from loaders.weights import Stream
 from tests.shrink import CONFIGS
 
 CPU = torch.device("cpu")

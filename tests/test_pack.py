@@ -21,7 +21,6 @@ import edge
 from edge.cli.app import run_app
 from edge.session import Session
 from edge.store import packs
-from edge.store.weights import kept
 from loaders import packing
 from loaders.checkpoint import Checkpoint
 from loaders.errors import Unsupported
@@ -35,6 +34,7 @@ from loaders.formats.safetensors_writer import Writer
 from loaders.network.matformer import full
 from loaders.network.tensors import PLE_TABLE, tensors
 from loaders.packing import fingerprint, write_pack
+from loaders.weights import kept
 from tests import small
 from tests.makers import assert_close, prompt
 

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 import edge
 from edge.engine.torch_ple import open_rows
 from edge.store.ple import READERS, Counters, MemoryTable, StreamedTable, in_table
-from edge.store.weights import fill
 from loaders.checkpoint import RAW, Checkpoint
 from loaders.errors import ReadFailed
 from loaders.formats.buffers import to_float32
 from loaders.network.matformer import Part, parts
 from loaders.network.tensors import PLE_TABLE
 from loaders.slices import named
+from loaders.weights import fill
 from tests.small import ROWS, Clone, built, clone_fixture, gemma3n_fixture  # noqa: F401
 
 OUTSIDE = [-1, ROWS, ROWS + 1, -(2**63), 2**63 - 1, 2**31]

@@ -18,8 +18,8 @@ from benchmarks import plots, quality, readme
 from edge.budget.plan import Floor, Request, enumerate_plans
 from edge.calibrate.bench import NOISE
 from edge.session import open_source
-from edge.store.weights import Source
 from loaders.formats.measured import load
+from loaders.weights import Source
 from tests.shared import DEMO
 
 WIDTHS = ("full", "half", "quarter")

@@ -13,7 +13,6 @@ from typing import Any
 from edge.budget.price import Prices
 from edge.budget.quality import Losses, Quality, comparable, judges
 from edge.budget.units import format_bytes
-from edge.store.weights import Source, kept
 from loaders.errors import Usage, WontFit
 from loaders.families import NamedSlice
 from loaders.formats.measured import Measured
@@ -23,6 +22,7 @@ from loaders.formats.recipe import PRECISIONS, Recipe, recipes
 from loaders.network.matformer import Slice, sliced
 from loaders.network.spec import Experts, LatentAttention, Model
 from loaders.slices import candidates, resolve
+from loaders.weights import Source, kept
 
 KV = ("float32", "bf16", "int8")
 TIERS = ("device", "ram", "ssd")

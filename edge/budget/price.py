@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from edge.store.weights import Kept, Source, table_kind
 from loaders.formats.quant import BITS, BLOCK, SCALE_BYTES, record_bytes
 from loaders.formats.recipe import PLAIN, Recipe
 from loaders.formats.safetensors import ITEMSIZE
 from loaders.network.matformer import Slice
 from loaders.network.spec import AnyAttention, Attention, Experts, FeedForward, Gated, LatentAttention, Model, Plain
+from loaders.weights import Kept, Source, table_kind
 
 # The row cache of the ssd tier: enough for the words a text keeps coming back to.
 ROW_CACHE = 16 << 20

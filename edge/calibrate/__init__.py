@@ -20,11 +20,11 @@ from edge.calibrate.space import Space, widths_of
 from edge.corpus import Text, read_text
 from edge.session import open_source, plan_floor, prepare, quiet
 from edge.store.measured import measured
-from edge.store.weights import Source
 from loaders.errors import BadCheckpoint, Usage, WontFit
 from loaders.formats.pack import Pack
 from loaders.formats.sharded import Notify
 from loaders.text.tokenizer import AnyTokenizer
+from loaders.weights import Source
 
 __all__ = ["Calibration", "Choice", "Point", "Sensitivity", "calibrate"]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from edge.budget.plan import Floor, Request, split, wanted_runs
 from edge.budget.price import Prices
-from edge.store.weights import Source, kept
 from loaders.errors import Unsupported, Usage
 from loaders.formats.recipe import Recipe
 from loaders.network.matformer import Slice, full, sliced
 from loaders.network.spec import Model
 from loaders.slices import ranges
+from loaders.weights import Source, kept
 
 # Choices per layer: what is searched grows with their square.
 MOST_WIDTHS = 32

@@ -21,11 +21,11 @@ from edge.cli.show import plan_lines, print_json, progress, stderr, stdout
 from edge.corpus import open_text
 from edge.evaluate import CONTEXT, Score, Text, evaluate, measured_of, read_text, span
 from edge.session import Ready, Session, open_source, prepare
-from edge.store.weights import Source
 from loaders.errors import Usage, printable
 from loaders.formats.measured import Measured
 from loaders.formats.sharded import Notify
 from loaders.slices import resolve
+from loaders.weights import Source
 
 REPEATED = ("slice", "precision")
 USUAL = "[default: full, as stored; with --budget what `edge run` would take]"

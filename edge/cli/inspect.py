@@ -16,7 +16,6 @@ from edge.cli.model import model_path, say_demo
 from edge.cli.show import clipped, parameters, print_json, stdout, weights_note
 from edge.session import open_source
 from edge.store.measured import measured
-from edge.store.weights import Source
 from loaders.checkpoint import Checkpoint
 from loaders.errors import printable
 from loaders.formats.measured import Measured, plain
@@ -25,6 +24,7 @@ from loaders.network.spec import Experts, Model
 from loaders.network.tensors import PLE_TABLE, active, core, total
 from loaders.sketch import has_weights
 from loaders.slices import candidates
+from loaders.weights import Source
 
 # Tokens that the headline prices a context at.
 TOKENS = 4096

@@ -17,10 +17,10 @@ from edge.budget.quality import MEASURED, Quality
 from edge.budget.units import format_bytes
 from edge.generate import Timing
 from edge.session import Session
-from edge.store.weights import Source
 from loaders.formats.measured import Measured
 from loaders.formats.sharded import Notify
 from loaders.sketch import has_weights
+from loaders.weights import Source
 
 MOST_ROWS = 24
 # A slice may be spelt out layer by layer: a row shows the beginning.

@@ -11,12 +11,12 @@ from edge.budget.nvml import device_used
 from edge.budget.plan import Floor, Plan
 from edge.budget.watch import Tree
 from edge.store.ple import Counters
-from edge.store.weights import Source, kept
 from loaders.errors import Unsupported, Usage
 from loaders.formats.sharded import Notify
 from loaders.network.matformer import parts
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE
+from loaders.weights import Source, kept
 
 if TYPE_CHECKING:
     from edge.engine.base import Engine

@@ -11,10 +11,10 @@ import torch
 from edge.engine.pinned import Pinned, PinnedGather
 from edge.engine.torch_weights import DTYPE, RAW_BITS, to_device
 from edge.store.ple import Counters, MemoryTable, StreamedTable, Table, in_table
-from edge.store.weights import Source, table_place, table_stream
 from loaders.formats.pack import Pack
 from loaders.formats.quant import BITS, SCALE_BYTES, dequantize_rows
 from loaders.network.matformer import Part
+from loaders.weights import Source, table_place, table_stream
 
 # Stored rows [t, columns] -> float32 [t, layers, dim].
 Decode = Callable[[torch.Tensor], torch.Tensor]

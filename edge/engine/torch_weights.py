@@ -10,12 +10,12 @@ import torch
 from edge.budget.memory import Ledger
 from edge.engine.native.blocks import Matrix, available
 from edge.engine.torch_blocks import Blocks
-from edge.store.weights import Kept, Source, Stream, streams
 from loaders.formats.placed import bands
 from loaders.formats.quant import BITS
 from loaders.formats.recipe import Recipe
 from loaders.network.matformer import Part
 from loaders.network.tensors import flat
+from loaders.weights import Kept, Source, Stream, streams
 
 DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 # numpy knows no bfloat16: storage is filled as plain bits of the same size.

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edge.store import packs
-from edge.store.weights import Source
 from loaders.errors import CannotCreate, MissingFile, NotPermitted, ReadFailed
 from loaders.formats import manifest as manifests
 from loaders.formats.measured import MOST, Measured, load, merge, parse, plain
@@ -16,6 +15,7 @@ from loaders.formats.pack import MEASURED, PARTS, ROOT, Pack, measured_in
 from loaders.formats.sharded import Notify
 from loaders.network.spec import Model
 from loaders.sketch import has_weights
+from loaders.weights import Source
 
 
 def measured(source: Source) -> tuple[Measured, ...]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from edge.budget.memory import trim
 from edge.store import packs
-from edge.store.weights import Source
 from loaders.errors import CannotCreate, NotPermitted, ReadFailed
 from loaders.formats.pack import VOCAB, Pack
 from loaders.packing import check_vocab
 from loaders.text.compact import CompactTokenizer, resident_bytes
 from loaders.text.tokenizer import AnyTokenizer, Tokenizer
+from loaders.weights import Source
 
 # What the mapped form of a vocabulary takes is known once it is there; before, the size of its text is an upper bound.
 NOT_YET_MAPPED = 4 << 20

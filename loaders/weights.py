@@ -1,6 +1,6 @@
 """Realises a slice as bytes in buffers the caller owns: windows of a checkpoint or a pack, in the recipe's formats.
 
-Knows numpy and files, not devices: an engine hands in the memory that tensors are to live in.
+Knows numpy and files, not devices: whoever asks hands in the memory that tensors are to live in.
 """
 
 from __future__ import annotations
