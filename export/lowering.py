@@ -61,6 +61,8 @@ class Lowering:
 
     profile: ClassVar[str]
     opset: ClassVar[int]
+    # The ONNX Runtime that computes the plainest graph right.
+    oldest: ClassVar[str]
 
     def __init__(self, model: Model, graph: Graph, choices: Choices) -> None:
         self.spec, self.graph, self.choices = model, graph, choices
@@ -69,11 +71,16 @@ class Lowering:
         self.shaped: dict[tuple[str, Dims], str] = {}
         self.caches: list[CacheSpec] = []
         self.memo: dict[Any, str] = {}
+        self.min_ort = self.oldest
         self.uses: dict[str, list[Node]] = {}
         for node in graph.nodes:
             for name in node.inputs:
                 if isinstance(name, str):
                     self.uses.setdefault(name, []).append(node)
+
+    def needs(self, version: str) -> None:
+        """What was just lowered is computed right from this ONNX Runtime on."""
+        self.min_ort = max(self.min_ort, version, key=lambda v: [int(x) for x in v.split(".")])
 
     # The inputs and the output
 
@@ -324,7 +331,3 @@ class Lowering:
             )
         b = self.b
         return b.node("Mul", (x, self.total(weights))), b.node("Sign", (weights,))
-
-    def min_ort(self) -> str:
-        """The oldest ONNX Runtime that computes this graph right."""
-        return "1.23"

@@ -53,7 +53,7 @@ def lower(
     lowering.run()
     proto = lowering.b.model(target.opset, model.family, f"{model.family}, {len(model.layers)} layers, by edge")
     return Lowered(
-        proto, list(lowering.b.weights.values()), contract(proto, lowering.caches), lowering.min_ort(), target.opset
+        proto, list(lowering.b.weights.values()), contract(proto, lowering.caches), lowering.min_ort, target.opset
     )
 
 

@@ -37,6 +37,7 @@ class OrtLowering(Lowering):
 
     profile: ClassVar[str] = "ort"
     opset: ClassVar[int] = 21
+    oldest: ClassVar[str] = "1.22"
 
     def __init__(self, model: Model, graph: Graph, choices: Choices) -> None:
         super().__init__(model, uncut(graph), choices)
@@ -270,9 +271,15 @@ class OrtLowering(Lowering):
         window, chunk = self.spans[str(node.inputs[1])]
         attrs = {"num_heads": heads, "kv_num_heads": cache.heads, "scale": node.attrs["scale"]}
         if window is not None:
+            # Before, a window had one key more.
+            self.needs("1.24")
             attrs["local_window_size"] = window
         if cache.kind == "window":
+            self.needs("1.29")
             attrs["sliding_window_cache"] = 1
+        if new is None:
+            # From 1.27 on it is said to work; until 1.30 it reads where there is nothing, and crashes.
+            self.needs("1.31")
         past, keys = (cache.inputs, new) if new is not None else (cache.outputs, self.nothing(cache))
         inputs = [self.cast(self.wide(q, heads, dim)), *keys, *past, *self.lengths()]
         if chunk is not None:
@@ -344,6 +351,7 @@ class OrtLowering(Lowering):
         first = matrix(f"{scope}.gate_up", "codes.interleaved", 2 * spec.width, dim, gate, up)
         second = matrix(down, "codes", dim, spec.width, down)
         inputs = (x, weights, *first, "", *second, "", "", "", "", "", "", "", weights)
+        self.needs("1.25")
         extra = {"expert_weight_bits": bits, "block_size": BLOCK, "normalize_routing_weights": 0}
         return self.b.node("QMoE", inputs, domain=MICROSOFT, **attrs, **extra)
 
@@ -353,6 +361,7 @@ class OrtLowering(Lowering):
         b, dim, scope = self.b, self.spec.dim, gate.rsplit(".", 1)[0]
         first = b.weight(f"{scope}.gate_up", FLOAT, (spec.experts, 2 * spec.width, dim), "interleaved", gate, up)
         second = b.weight(down, FLOAT, (spec.experts, dim, spec.width), "values", down)
+        self.needs("1.23")
         logits = b.node("Log", (b.node("Max", (weights, b.floats(LEAST))),))
         out = b.node("MoE", (x, logits, first, "", second), domain=MICROSOFT, normalize_routing_weights=1, **attrs)
         return b.node("Mul", (out, self.total(weights)))
