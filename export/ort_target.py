@@ -44,6 +44,8 @@ class OrtLowering(Lowering):
         # Of each handle on a cache: what the layer's own attention appends, None once that is done.
         self.fresh: dict[str, tuple[str, str] | None] = {}
         self.cache_of: dict[str, CacheSpec] = {}
+        # Sums that the norm which reads them first computes.
+        self.pending: dict[str, Node] = {}
         # Of latent ones, how much of a value counts.
         self.ranks: dict[str, int] = {}
         # The window and the chunk that its queries are held to.
@@ -126,7 +128,9 @@ class OrtLowering(Lowering):
         rows = all(isinstance(x, str) and self.values.get(x) is not None for x in node.inputs)
         same = rows and all(self.values[str(x)].shape == node.shape for x in node.inputs)
         # The first to read a sum norms it: one operator does both.
-        if not (same and len(node.shape) == 2 and first is not None and first.op == "norm" and len(first.inputs) == 2):
+        if same and len(node.shape) == 2 and first is not None and first.op == "norm" and len(first.inputs) == 2:
+            self.pending[node.output] = node
+        else:
             super().lower_add(node)
 
     def lower_norm(self, node: Node) -> None:
@@ -137,7 +141,7 @@ class OrtLowering(Lowering):
             attrs = {"axis": -1, "epsilon": node.attrs["eps"], "stash_type": 1}
             self.bind(node, self.b.node("SimplifiedLayerNormalization", (self.get(source), weight), **attrs))
             return
-        pending = next(n for n in self.graph.nodes if n.output == source)
+        pending = self.pending[source]
         name = self.b.fresh("SkipNorm")
         outputs = (name, "", "", f"{name}.sum")
         inputs = [*(self.get(x) for x in pending.inputs), weight]
