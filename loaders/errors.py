@@ -63,6 +63,10 @@ class MissingFile(EdgeError):
     exit_code = 66
 
 
+class ParityFailed(EdgeError):
+    """What was written does not compute what it was written from computes: a bug, but one that was looked for."""
+
+
 class CannotCreate(EdgeError):
     """The output cannot be created."""
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,19 +23,18 @@ from loaders.formats.buffers import from_float32
 from loaders.formats.config import read_bytes
 from loaders.formats.measured import load, plain
 from loaders.formats.pack import MEASURED, PLE, ROOT, SCALE, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
-from loaders.formats.placed import Placed
 from loaders.formats.quant import BITS, quantize, quantize_rows
 from loaders.formats.safetensors_writer import Writer
 from loaders.formats.sharded import Notify, sizes_of
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, flat, tensors
+from loaders.ordered import THREADS, blaming, ordered
 from loaders.rewrite import COMPANIONS
 from loaders.text.compact import CompactTokenizer
 from loaders.text.vocab import compile_vocab
 
 # Values of a band, at most and at least: as read, as float32 and as codes, a few of them are in memory at once.
 BANDS = (1 << 20, 1 << 16)
-THREADS = max(2, min(4, os.cpu_count() or 1))
 BAND_COST = 12
 # Quantizing works in strips of its own, one in each thread; the writer keeps one tensor's scales until the end of it.
 STRIPS = 8 << 20
@@ -243,25 +241,13 @@ class Packer:
         """``convert`` of every band of a tensor as float32, in order, a few of them under way at once."""
         placed = self.checkpoint.where[name]
         rows = max(1, self.band // (placed.shape[-1] if len(placed.shape) > 1 else 1))
-        running: deque[Future[Any]] = deque()
-        for values in placed.steps(self.checkpoint.shards, rows):
-            running.append(pool.submit(self.work, placed, values, convert))
-            if len(running) >= THREADS:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        bands = placed.steps(self.checkpoint.shards, rows)
+        yield from ordered(pool, (partial(blaming, placed, partial(after, convert, values)) for values in bands))
 
-    def work(
-        self,
-        placed: Placed,
-        values: Callable[[], npt.NDArray[np.float32]],
-        convert: Callable[[npt.NDArray[np.float32]], Any],
-    ) -> Any:
-        """One band: read, widened, converted."""
-        try:
-            return convert(values())
-        except BadCheckpoint as e:
-            raise BadCheckpoint(e.found, file=placed.shard, field=placed.name, expected=e.expected) from None
+
+def after(convert: Callable[[npt.NDArray[np.float32]], Any], values: Callable[[], npt.NDArray[np.float32]]) -> Any:
+    """One band: read, widened, converted."""
+    return convert(values())
 
 
 def seal_folder(folder: Path, names: Iterable[str], part: str, mark: str, **facts: Any) -> None:

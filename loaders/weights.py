@@ -5,21 +5,24 @@ Knows numpy and files, not devices: whoever asks hands in the memory that tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from loaders.checkpoint import Checkpoint
-from loaders.formats.buffers import from_float32
+from loaders.formats.buffers import from_float32, to_float32
 from loaders.formats.pack import Pack
 from loaders.formats.placed import bands
-from loaders.formats.quant import BITS, record_bytes, windows
+from loaders.formats.quant import BITS, BLOCK, Codes, Floats, Scales, dequantize, quantize, record_bytes, windows
 from loaders.formats.recipe import Recipe, stored_as, stored_bytes
-from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.formats.safetensors import ITEMSIZE, Ranges, Shards, Tensor, Window
 from loaders.network.matformer import Part, Slice, source_name
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, Shape, tensors
+from loaders.ordered import blaming
 
 Source = Checkpoint | Pack
 # Conversions go through a buffer of this size, so that loading adds nothing that shows to what is loaded.
@@ -129,3 +132,115 @@ def table_place(source: Source, part: Part) -> tuple[Shards, Tensor, Window]:
 def of_shards(shards: Shards, tensor: Tensor, window: Window) -> Stream:
     """Bytes as they are in a file."""
     return Stream(window, tensor.dtype, lambda w, out: shards.read_window(tensor, w, out))
+
+
+def matrices(shape: Shape, window: Window) -> list[Ranges]:
+    """The rows that a window of a tensor of ``shape`` has of each matrix: of a stack's matrices, or of the one."""
+    if len(shape) < 3:
+        return [window.rows]
+    n = shape[1]
+    return [((max(a, i * n), min(b, i * n + n)),) for a, b in window.rows for i in range(a // n, -(-b // n))]
+
+
+def value_bands(source: Source, part: Part, recipe: Recipe, count: int) -> Iterator[Callable[[], Floats]]:
+    """float32 [rows, cols] of a window, the values that a run at ``recipe`` computes with: rounded, or dequantized.
+
+    In bands of about ``count`` values and at least two rows, in order, each made when it is called for. A band has rows
+    of one range of the window and of one matrix of a stack. [rows] for a vector.
+    """
+    shape = tensors(source.model)[part.name]
+    stored = stored_as(part.name, shape, recipe)
+    if stored in BITS:
+        assert part.window.cols is not None
+        cols = Window((), part.window.cols).shape[1]
+        yield from (partial(as_floats, job, stored, cols) for job in code_bands(source, part, recipe, count))
+    elif isinstance(source, Checkpoint):
+        for values in checkpoint_bands(source, part, shape, count):
+            yield values if stored == "F32" else partial(rounded, values, stored)
+    else:
+        shards, tensor, _, _ = source.find(part.name, recipe)
+        for window in row_bands(shape, part.window, count):
+            yield partial(plain_values, shards, tensor, window)
+
+
+def code_bands(source: Source, part: Part, recipe: Recipe, count: int) -> Iterator[Callable[[], tuple[Codes, Scales]]]:
+    """The same of a quantized matrix as codes and scales, in the order of bytes that packs have.
+
+    A window is one range of columns. Where it ends inside a block, that block has the codes and the scale it has in the
+    full model, and the columns beyond are zero codes.
+    """
+    shape = tensors(source.model)[part.name]
+    stored = stored_as(part.name, shape, recipe)
+    assert part.window.cols is not None
+    ((first, stop),) = part.window.cols
+    if isinstance(source, Pack):
+        shards, codes, scale, _ = source.find(part.name, recipe)
+        assert scale is not None
+        for window in row_bands(shape, part.window, count):
+            yield partial(pack_codes, shards, codes, scale, window, stored)
+        return
+    whole = min(-(-stop // BLOCK) * BLOCK, shape[-1])
+    wide = Part(part.name, Window(part.window.rows, ((first, whole),)))
+    placed = source.where[part.name]
+    for values in checkpoint_bands(source, wide, shape, count):
+        yield partial(blaming, placed, partial(quantized, values, stored, stop % BLOCK if whole != stop else 0))
+
+
+def row_bands(shape: Shape, window: Window, count: int) -> Iterator[Window]:
+    """A window in bands of about ``count`` values, an even number of rows but for the last of each range."""
+    rows = max(2, count // (1 if window.cols is None else Window((), window.cols).shape[1]) // 2 * 2)
+    for ranges in matrices(shape, window):
+        yield from bands(Window(ranges, window.cols), rows)
+
+
+def checkpoint_bands(checkpoint: Checkpoint, part: Part, shape: Shape, count: int) -> Iterator[Callable[[], Floats]]:
+    """Bands of float32 as they are stored. All of a tensor that lies the other way round is read as it lies."""
+    placed = checkpoint.where[part.name]
+    if placed.plane_bytes and part.window == placed.window:
+        return placed.steps(checkpoint.shards, max(2, count // shape[-1] // 2 * 2))
+    return (partial(placed.values, checkpoint.shards, window) for window in row_bands(shape, part.window, count))
+
+
+def as_floats(job: Callable[[], tuple[Codes, Scales]], stored: str, cols: int) -> Floats:
+    """Codes and scales as values."""
+    return dequantize(*job(), stored, cols)
+
+
+def rounded(values: Callable[[], Floats], stored: str) -> Floats:
+    """Values as they come back from being stored."""
+    return to_float32(from_float32(values(), stored), stored)
+
+
+def plain_values(shards: Shards, tensor: Tensor, window: Window) -> Floats:
+    """Values of a pack that are no codes."""
+    raw: npt.NDArray[np.uint8] = np.empty(window.shape, f"u{ITEMSIZE[tensor.dtype]}")
+    shards.read_window(tensor, window, raw)
+    return to_float32(raw, tensor.dtype)
+
+
+def pack_codes(shards: Shards, codes: Tensor, scale: Tensor, window: Window, stored: str) -> tuple[Codes, Scales]:
+    """A band as a pack holds it, the columns beyond the window zeroed."""
+    code_window, scale_window = windows(window, stored)
+    found, scales = np.empty(code_window.shape, np.uint8), np.empty(scale_window.shape, np.uint16)
+    shards.read_window(codes, code_window, found)
+    shards.read_window(scale, scale_window, scales)
+    assert window.cols is not None
+    return zeroed(found, stored, window.cols[-1][1] % BLOCK), scales.view(np.float16)
+
+
+def quantized(values: Callable[[], Floats], stored: str, last: int) -> tuple[Codes, Scales]:
+    """A band of a checkpoint as packing makes it, ``last`` columns of the last block kept."""
+    found, scales = quantize(values(), stored)
+    return zeroed(found, stored, last), scales
+
+
+def zeroed(codes: Codes, stored: str, last: int) -> Codes:
+    """The same codes, in place, those of the last block from column ``last`` on zero; all kept where it is 0."""
+    if last and stored == "int8":
+        codes[:, last - BLOCK :] = 0
+    elif last:
+        there = np.arange(BLOCK) < last
+        half = BLOCK // 2
+        mask = np.where(there[:half], 15, 0).astype(np.uint8) | np.where(there[half:], 240, 0).astype(np.uint8)
+        codes[:, -half:] = codes[:, -half:] & mask | (np.uint8(0x88) & ~mask)
+    return codes

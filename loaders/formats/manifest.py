@@ -11,9 +11,11 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,32 @@ HEX = re.compile(r"[0-9a-f]{64}")
 PLAIN_NAME = re.compile(r"[\w\-+=@,.]{1,200}")
 
 
-def digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, read in pieces. Raises ReadFailed."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder. ``word`` and the two hints are for people: of a damaged one, and of another version.
+
+    ``folders``: files may also lie in folders of these names, one level down. ``own``: every file must be one of its
+    own, under one name alone: what is read through a link is not what was checked.
+    """
+
+    format: str
+    version: int
+    word: str
+    damaged: str
+    again: str
+    folders: tuple[str, ...] = ()
+    own: bool = False
+
+    def bad(self, found: str, file: Path, field: str | None = None, expected: str | None = None) -> BadCheckpoint:
+        """One that is not what was written."""
+        return BadCheckpoint(found, file=file, field=field, expected=expected, hint=self.damaged)
+
+
+PACK = Kind(FORMAT, VERSION, "pack", "The pack is damaged: remove it and pack again", "Pack the checkpoint again")
+
+
+def digest(path: str | os.PathLike[str], progress: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file, read in pieces; ``progress`` is told the bytes of each. Raises ReadFailed."""
     found, buffer = hashlib.sha256(), bytearray(PIECE)
     fd = open_regular(path)
     try:
@@ -41,6 +67,7 @@ def digest(path: str | os.PathLike[str]) -> str:
             read_exactly(fd, view, at, os.fspath(path))
             found.update(view)
             at += len(view)
+            progress(len(view))
     finally:
         os.close(fd)
     return found.hexdigest()
@@ -52,10 +79,10 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def describe(folder: Path, names: Iterable[str], **facts: Any) -> bytes:
+def describe(folder: Path, names: Iterable[str], kind: Kind = PACK, **facts: Any) -> bytes:
     """The manifest of files that lie in ``folder``, as they are read back from there."""
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)} for name in sorted(names)}
-    return sealed({"format": FORMAT, "version": VERSION, **facts, "files": files})
+    return sealed({"format": kind.format, "version": kind.version, **facts, "files": files})
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:
@@ -90,47 +117,80 @@ def rewrite(folder: Path, manifest: dict[str, Any]) -> None:
 
 def is_pack(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder says it is a pack; what else is wrong with it is for :func:`read`."""
+    return says(folder, PACK)
+
+
+def says(folder: str | os.PathLike[str], kind: Kind) -> bool:
+    """Whether a folder says it is of a kind. Raises what reading JSON raises, but for a file that is not there."""
     path = Path(folder, NAME)
     if not os.path.lexists(path):
         return False
-    return read_json(path, MOST).get("format") == FORMAT
+    return read_json(path, MOST).get("format") == kind.format
 
 
 def read(folder: Path, part: str, beside: Iterable[str] = ()) -> dict[str, Any]:
-    """The manifest of one part, its seal and the size of every file checked.
+    """The manifest of one part of a pack: :func:`opened`, and of that part."""
+    manifest = opened(folder, PACK, beside)
+    if manifest.get("part") != part:
+        raise damaged(f"part {show(manifest.get('part'))}", folder / NAME, "part", part)
+    return manifest
+
+
+def opened(folder: Path, kind: Kind, beside: Iterable[str] = ()) -> dict[str, Any]:
+    """A folder's manifest, its seal and the size of every file checked.
 
     Hidden files and those ``beside`` may lie in the folder as well; nothing else may, as it might be read in the place
-    of what was written. A link is followed: what counts is the content.
+    of what was written. A link is followed, as what counts is the content, unless files must be the folder's own.
 
     Raises MissingFile without one, Unsupported for another version, BadCheckpoint for what does not agree.
     """
     path = folder / NAME
     manifest = read_json(path, MOST)
-    if manifest.get("format") != FORMAT:
-        raise BadCheckpoint(show(manifest.get("format")), file=path, field="format", expected=f'"{FORMAT}"')
-    if manifest.get("version") != VERSION:
-        found = f"pack version {show(manifest.get('version'))}"
-        raise Unsupported(found, file=path, field="version", expected=str(VERSION), hint="Pack the checkpoint again")
+    if manifest.get("format") != kind.format:
+        raise BadCheckpoint(show(manifest.get("format")), file=path, field="format", expected=f'"{kind.format}"')
+    if manifest.get("version") != kind.version:
+        found = f"{kind.word} version {show(manifest.get('version'))}"
+        raise Unsupported(found, file=path, field="version", expected=str(kind.version), hint=kind.again)
     if manifest.get("seal") != seal(manifest):
-        raise damaged("does not agree with its own sum", path, "seal")
-    if manifest.get("part") != part:
-        raise damaged(f"part {show(manifest.get('part'))}", path, "part", part)
+        raise kind.bad("does not agree with its own sum", path, "seal")
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
-        raise damaged(show(files), path, "files", "an object of files")
+        raise kind.bad(show(files), path, "files", "an object of files")
     for name, facts in files.items():
-        _check_entry(path, name, facts)
-        _check_size(folder / name, facts["bytes"])
-    try:
-        others = sorted(n for n in os.listdir(folder) if not n.startswith(".") and n not in (NAME, *files, *beside))
-    except OSError as e:
-        raise MissingFile(e.strerror, file=folder) from None
+        _check_entry(path, name, facts, kind)
+    places = {name.rpartition("/")[0] for name in files} - {""}
+    if kind.own:
+        for name in (NAME, *places, *files):
+            _check_own(folder / name, kind)
+    for name, facts in files.items():
+        _check_size(folder / name, facts["bytes"], kind)
+    others = foreign(folder, {NAME, *files, *beside}, places)
     if others:
-        raise damaged("not a file of this pack", folder / short(others[0]), None, "those of its manifest alone")
+        raise kind.bad(
+            f"not a file of this {kind.word}", folder / short(others[0]), None, "those of its manifest alone"
+        )
     return manifest
 
 
-def verify(folder: Path, manifest: dict[str, Any], most: int | None = None) -> int:
+def foreign(folder: Path, known: set[str], places: Iterable[str] = ()) -> list[str]:
+    """Names that are not hidden and not ``known``, in a folder and in its ``places``. Raises MissingFile."""
+    found = []
+    for place in ("", *sorted(places)):
+        try:
+            there = sorted(name for name in os.listdir(folder / place) if not name.startswith("."))
+        except OSError as e:
+            raise MissingFile(e.strerror, file=folder / place) from None
+        found += [f"{place}/{name}" if place else name for name in there]
+    return [name for name in found if name not in known and name not in places]
+
+
+def verify(
+    folder: Path,
+    manifest: dict[str, Any],
+    most: int | None = None,
+    kind: Kind = PACK,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
     """Reads every file of a manifest, of at most ``most`` bytes each, and compares its sum; returns the bytes read.
 
     Raises BadCheckpoint.
@@ -139,35 +199,50 @@ def verify(folder: Path, manifest: dict[str, Any], most: int | None = None) -> i
     for name, facts in manifest["files"].items():
         if most is not None and facts["bytes"] > most:
             continue
-        if digest(folder / name) != facts["sha256"]:
-            raise damaged("differs from what was written (sha256)", folder / name)
+        compare(folder / name, digest(folder / name, progress), facts["sha256"], kind)
         total += facts["bytes"]
     return total
 
 
-def damaged(found: str, file: Path, field: str | None = None, expected: str | None = None) -> BadCheckpoint:
-    """A pack that is not what was written."""
-    return BadCheckpoint(
-        found, file=file, field=field, expected=expected, hint="The pack is damaged: remove it and pack again"
-    )
+def compare(path: Path, found: str, wanted: str, kind: Kind = PACK) -> None:
+    """Raises BadCheckpoint for a file of another sum."""
+    if found != wanted:
+        raise kind.bad("differs from what was written (sha256)", path)
 
 
-def _check_entry(path: Path, name: str, facts: Any) -> None:
-    if not PLAIN_NAME.fullmatch(name) or name.startswith(".") or name == NAME:
-        raise damaged(f"file name {show(name)}", path, "files", "a plain file name")
+damaged = PACK.bad
+
+
+def _check_entry(path: Path, name: str, facts: Any, kind: Kind) -> None:
+    place, _, last = name.rpartition("/")
+    plain = PLAIN_NAME.fullmatch(last) and not last.startswith(".") and name != NAME
+    if not plain or (place not in kind.folders and "/" in name) or name in kind.folders:
+        raise kind.bad(f"file name {show(name)}", path, "files", "a plain file name")
     if not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
-        raise damaged(show(facts), path, f"files.{name}", "bytes and sha256")
+        raise kind.bad(show(facts), path, f"files.{name}", "bytes and sha256")
     if type(facts["bytes"]) is not int or facts["bytes"] < 0:
-        raise damaged(show(facts["bytes"]), path, f"files.{name}.bytes", "a size")
+        raise kind.bad(show(facts["bytes"]), path, f"files.{name}.bytes", "a size")
     if not isinstance(facts["sha256"], str) or not HEX.fullmatch(facts["sha256"]):
-        raise damaged(show(facts["sha256"]), path, f"files.{name}.sha256", "64 hexadecimal digits")
+        raise kind.bad(show(facts["sha256"]), path, f"files.{name}.sha256", "64 hexadecimal digits")
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_own(path: Path, kind: Kind) -> None:
+    """Not a link, and without a second name. Raises MissingFile, BadCheckpoint."""
+    try:
+        found = os.lstat(path)
+    except OSError as e:
+        raise MissingFile(e.strerror, file=path) from None
+    if stat.S_ISLNK(found.st_mode):
+        raise kind.bad("a symbolic link", path, None, "a file of its own")
+    if stat.S_ISREG(found.st_mode) and found.st_nlink != 1:
+        raise kind.bad(f"a file with {found.st_nlink} names (hard links)", path, None, "a file of its own")
+
+
+def _check_size(path: Path, expected: int, kind: Kind) -> None:
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
     finally:
         os.close(fd)
     if size != expected:
-        raise damaged(f"{size} bytes", path, None, f"{expected} bytes")
+        raise kind.bad(f"{size} bytes", path, None, f"{expected} bytes")
