@@ -103,7 +103,8 @@ class Lowering:
             getattr(self, f"lower_{node.op}")(node)
         b.scope = ""
         out = self.get(self.graph.output)
-        b.output("logits", FLOAT, ("batch", "kept", self.spec.vocab))
+        # onnxruntime-genai takes a 1 here for what it is: logits of one token, however many went in.
+        b.output("logits", FLOAT, ("batch", 1 if self.choices.layout == "genai" else "kept", self.spec.vocab))
         b.node("Reshape", (out, self.by_batch((self.spec.vocab,))), name="logits")
 
     @cached_property
@@ -114,10 +115,19 @@ class Lowering:
     @cached_property
     def kept(self) -> str:
         """Minus the number of last tokens whose logits are wanted, int64 [1]: where they start."""
-        if self.choices.layout == "genai":
-            return self.b.ints(-1)
         asked = self.b.input(KEPT, INT64, ())
         return self.b.node("Neg", (self.b.node("Reshape", (asked, self.b.ints(1))),))
+
+    @cached_property
+    def ends(self) -> str:
+        """Where among this pass's tokens each sequence's last one is, int64 [batch, 1, 1]: shorter ones are filled up
+        behind, with tokens that the mask leaves out.
+        """
+        b = self.b
+        before = b.node("Sub", [b.node("Shape", (x,), start=1, end=2) for x in (self.mask, self.ids)])
+        total = b.node("ReduceSum", (self.mask, b.ints(1)), keepdims=1)
+        last = b.node("Sub", (b.node("Sub", (total, before)), b.ints(1)))
+        return b.node("Unsqueeze", (b.node("Max", (last, b.ints(0))), b.ints(-1)))
 
     def by_batch(self, rest: Sequence[int]) -> str:
         """The shape [batch, -1, *rest], int64."""
@@ -206,7 +216,10 @@ class Lowering:
         source, b = str(node.inputs[0]), self.b
         rest = tuple(int(d) for d in node.shape[1:])
         whole = b.node("Reshape", (self.get(source), self.by_batch(rest)))
-        cut = b.node("Slice", (whole, self.kept, b.ints(END), b.ints(1)))
+        if self.choices.layout == "genai":
+            cut = b.node("GatherND", (whole, self.ends), batch_dims=1)
+        else:
+            cut = b.node("Slice", (whole, self.kept, b.ints(END), b.ints(1)))
         self.bind(node, b.node("Reshape", (cut, b.ints(-1, *rest))))
 
     def lower_tanh(self, node: Node) -> None:
@@ -214,6 +227,27 @@ class Lowering:
 
     def lower_matmul(self, node: Node) -> None:
         self.bind(node, self.b.node("MatMul", [self.get(x) for x in node.inputs]))
+
+    def lower_head_linear(self, node: Node) -> None:
+        source, name = (str(x) for x in node.inputs)
+        heads, rows, cols = self.graph.weights[name]
+        b = self.b
+        # Each head times its own matrix: ONNX Runtime has no quantized form, and these are few.
+        weight = b.weight(f"{name}.turned", FLOAT, (heads, cols, rows), "turned", name)
+        x = b.node("Transpose", (self.get(source),), perm=(1, 0, 2))
+        self.bind(node, b.node("Transpose", (b.node("MatMul", (x, weight)),), perm=(1, 0, 2)))
+
+    def half_product(self, x: str, name: str) -> str:
+        """x float32 [n, in] times a float16 weight [out, in] transposed, as float32."""
+        weight = self.b.weight(f"{name}.half", FLOAT16, self.graph.weights[name], "values", name)
+        key = ("half", x)
+        if key not in self.memo:
+            self.memo[key] = self.b.node("Cast", (x,), to=FLOAT16)
+        return self.b.node("Cast", (self.b.node("Gemm", (self.memo[key], weight), transB=1),), to=FLOAT)
+
+    def cast(self, x: str) -> str:
+        """As caches keep it."""
+        return self.b.node("Cast", (x,), to=FLOAT16) if self.choices.half else x
 
     def lower_layer_norm(self, node: Node) -> None:
         inputs = [self.get(x) for x in node.inputs]

@@ -8,13 +8,14 @@ import onnx
 
 from export.lowering import Choices, Formats, Lowering
 from export.ort_target import OrtLowering
+from export.standard_target import StandardLowering
 from export.weights import Stored
 from loaders.errors import Usage
 from loaders.formats.contract import CacheSpec, Contract, TensorSpec
 from loaders.network.graph import record
 from loaders.network.spec import Model
 
-TARGETS: dict[str, type[Lowering]] = {"ort": OrtLowering}
+TARGETS: dict[str, type[Lowering]] = {"ort": OrtLowering, "standard": StandardLowering}
 DTYPES = {1: "float32", 7: "int64", 10: "float16"}
 
 

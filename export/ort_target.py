@@ -14,10 +14,11 @@ import numpy as np
 from export.builder import FLOAT, FLOAT16, INT32, MICROSOFT
 from export.lowering import LOWEST, Choices, Lowering, View
 from export.rewrite import uncut
+from export.shared_attention import shared_attention
 from loaders.errors import Unsupported
 from loaders.formats.contract import CacheSpec
 from loaders.formats.quant import BITS, BLOCK, block_count
-from loaders.network.graph import Graph, Node
+from loaders.network.graph import TOKENS, Graph, Node
 from loaders.network.spec import Experts, Model, Rope
 
 # The least whose softmax is taken in place of a weight of zero.
@@ -88,14 +89,6 @@ class OrtLowering(Lowering):
             out = self.b.node("Gemm", (x, weight), transB=1)
         self.bind(node, out, ("t", rows))
 
-    def half_product(self, x: str, name: str) -> str:
-        """x float32 [n, in] times a float16 weight [out, in] transposed, as float32."""
-        weight = self.b.weight(f"{name}.half", FLOAT16, self.graph.weights[name], "values", name)
-        key = ("half", x)
-        if key not in self.memo:
-            self.memo[key] = self.b.node("Cast", (x,), to=FLOAT16)
-        return self.b.node("Cast", (self.b.node("Gemm", (self.memo[key], weight), transB=1),), to=FLOAT)
-
     def quantized_product(self, x: str, name: str, rows: int, cols: int, stored: str) -> str:
         """x float32 [n, in] times blocks of int8 or int4."""
         bits, blocks = BITS[stored], block_count(cols)
@@ -104,15 +97,6 @@ class OrtLowering(Lowering):
         attrs = {"K": cols, "N": rows, "bits": bits, "block_size": BLOCK}
         attrs["accuracy_level"] = self.choices.accuracy_level
         return self.b.node("MatMulNBits", (x, codes, scales), domain=MICROSOFT, **attrs)
-
-    def lower_head_linear(self, node: Node) -> None:
-        source, name = (str(x) for x in node.inputs)
-        heads, rows, cols = self.graph.weights[name]
-        b = self.b
-        # Each head times its own matrix: ONNX Runtime has no quantized form, and these are few.
-        weight = b.weight(f"{name}.turned", FLOAT, (heads, cols, rows), "turned", name)
-        x = b.node("Transpose", (self.get(source),), perm=(1, 0, 2))
-        self.bind(node, b.node("Transpose", (b.node("MatMul", (x, weight)),), perm=(1, 0, 2)))
 
     def lower_activation(self, node: Node) -> None:
         x = self.get(node.inputs[0])
@@ -233,10 +217,6 @@ class OrtLowering(Lowering):
         x = self.b.node("Pad", (self.get(name), self.b.ints(0, missing), "", self.b.ints(-1)))
         return self.b.node("Reshape", (x, self.by_batch((heads * size,))))
 
-    def cast(self, x: str) -> str:
-        """As caches keep it."""
-        return self.b.node("Cast", (x,), to=FLOAT16) if self.choices.half else x
-
     def cache(self, node: Node, heads: int, dim: int, value_dim: int, kind: str, span: int | None) -> None:
         """Declares past and present of a handle's layer."""
         i = len(self.caches)
@@ -281,6 +261,11 @@ class OrtLowering(Lowering):
         if cache.kind == "window":
             self.needs("1.29")
             attrs["sliding_window_cache"] = 1
+        if new is None and self.choices.layout == "web":
+            cut = node.shape[0] != TOKENS
+            return shared_attention(
+                self, self.by_token(q, heads * dim), cache, heads, window=window, scale=node.attrs["scale"], cut=cut
+            )
         if new is None:
             # From 1.27 on it is said to work; until 1.30 it reads where there is nothing, and crashes.
             self.needs("1.31")
@@ -357,6 +342,10 @@ class OrtLowering(Lowering):
         inputs = (x, weights, *first, "", *second, "", "", "", "", "", "", "", weights)
         self.needs("1.25")
         extra = {"expert_weight_bits": bits, "block_size": BLOCK, "normalize_routing_weights": 0}
+        if stored == "int4" and self.choices.layout == "edge":
+            # Without it weights are widened for each token: four times as slow, before 1.31 forty times.
+            self.needs("1.31")
+            extra["accuracy_level"] = self.choices.accuracy_level
         return self.b.node("QMoE", inputs, domain=MICROSOFT, **attrs, **extra)
 
     def float_experts(self, x: str, weights: str, names: list[str], spec: Experts, attrs: dict[str, object]) -> str:
