@@ -12,29 +12,26 @@ from typing import Any
 import numpy as np
 
 from edge import engine as engines
-from edge.budget import machine, watch
+from edge.budget import machine, price, price_ort, watch
 from edge.budget.memory import Ledger, read_process, read_pss, trim
 from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
-from edge.budget.price import logits_bytes
 from edge.budget.units import format_bytes, parse_bytes
 from edge.demo import model_path
 from edge.generate import Event, Timing, Wordless, encode, generate
 from edge.sampling import Sampler, Sampling
 from edge.store import packs
 from edge.store.measured import measured
+from edge.store.packages import Opened, engine_for, open_source
 from edge.store.text import open_tokenizer, text_folder, tokenizer_bytes
-from loaders.checkpoint import Checkpoint
-from loaders.errors import MissingFile, OverBudget, Usage
-from loaders.formats.manifest import is_pack
+from loaders.errors import OverBudget, Usage
 from loaders.formats.pack import Pack, parts_for
+from loaders.formats.package import Package
 from loaders.formats.quant import BITS
 from loaders.formats.sharded import Notify
 from loaders.network.matformer import sliced
-from loaders.sketch import sketch
 from loaders.text.generation import GenerationDefaults, read_generation
 from loaders.text.template import ChatTemplate
 from loaders.text.tokenizer import AnyTokenizer, StreamDecoder
-from loaders.weights import Source
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -45,7 +42,7 @@ def quiet(what: str, done: int, total: int) -> None:
 class Ready:
     """All that comes before a run's plan: headers, text, libraries. Made by :func:`prepare`."""
 
-    source: Source
+    source: Opened
     tokenizer: AnyTokenizer | None
     template: ChatTemplate | None
     defaults: GenerationDefaults
@@ -57,9 +54,9 @@ class Ready:
 class Session:
     """Made by :func:`load`. Not thread-safe; ``cancel()`` may be called from a signal handler or another thread.
 
-    ``checkpoint`` is what was opened, a checkpoint or a pack; ``source`` where weights come from, the checkpoint's pack
-    when the plan is quantized. ``template`` is its chat template or None; ``defaults`` its stop tokens and recommended
-    sampling; ``best`` the plan that would run without a budget.
+    ``checkpoint`` is what was opened, a checkpoint, a pack or a package; ``source`` where weights come from, the
+    checkpoint's pack when the plan is quantized. ``template`` is its chat template or None; ``defaults`` its stop
+    tokens and recommended sampling; ``best`` the plan that would run without a budget.
     """
 
     def __init__(self, ready: Ready, *, notify: Notify = quiet, started: float | None = None) -> None:
@@ -90,19 +87,20 @@ class Session:
             self.ledger.take(component, planned[component])
         self.source = self.packed(limit)
         self.model = sliced(self.source.model, self.plan.part)
-        self.engine, self.ple = engines.load(self.runtime, self.source, self.model, self.plan, self.ledger, self.notify)
+        self.engine, self.ple = engines.load(
+            self.runtime, self.source, self.model, self.plan, self.ledger, self.notify, room_left(limit)
+        )
         self.relief = watch.Request(self.engine.relieve)
         self.watch.add_relief(self.relief)
         self.tokens: list[int] = []
         self._device_peak = self.runtime.device_delta()
 
-    def packed(self, limit: int | None) -> Source:
+    def packed(self, limit: int | None) -> Opened:
         """Where the plan's weights are: what was opened, or its pack, made now where there is none."""
-        if isinstance(self.checkpoint, Pack) or self.plan.precision not in BITS:
+        if isinstance(self.checkpoint, Pack | Package) or self.plan.precision not in BITS:
             return self.checkpoint
-        room = None if limit is None else max(0, limit - read_process().rss - watch.SLACK)
         parts = parts_for(self.checkpoint.model, (self.plan.precision,))
-        pack = packs.ensure(self.checkpoint, parts, notify=self.notify, room=room)
+        pack = packs.ensure(self.checkpoint, parts, notify=self.notify, room=room_left(limit))
         trim()
         return pack
 
@@ -135,10 +133,16 @@ class Session:
         t * vocab * 4 bytes, would break the budget.
         """
         found = self.checked(ids, self.plan.context)
-        self.afford(logits_bytes(self.model, len(found), self.plan.chunk, self.plan.kv), "the logits")
+        self.afford(self.logits_bytes(len(found)), "the logits")
         out = self.engine.logits(found)
         self.sample_device()
         return out
+
+    def logits_bytes(self, tokens: int) -> int:
+        """What the logits of so many tokens take while they are computed."""
+        if isinstance(self.source, Package):
+            return price_ort.logits_bytes(self.source, tokens, self.plan.chunk)
+        return price.logits_bytes(self.model, tokens, self.plan.chunk, self.plan.kv)
 
     def step(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [vocab]: appends ids to the cache, chunk by chunk, and gives the logits of the last.
@@ -298,6 +302,11 @@ class Session:
         self.close()
 
 
+def room_left(limit: int | None) -> int | None:
+    """Bytes of a budget that this process has not taken yet; None without one."""
+    return None if limit is None else max(0, limit - read_process().rss - watch.SLACK)
+
+
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
@@ -312,7 +321,8 @@ def load(
     kv: str = "auto",
     notify: Notify = quiet,
 ) -> Session:
-    """Opens a checkpoint, plans for ``budget`` (bytes, or text as '2GB'; None is without limit) and loads the plan.
+    """Opens a checkpoint, a pack or a package, plans for ``budget`` (bytes, or text as '2GB'; None is without limit)
+    and loads the plan.
 
     Without ``path`` it is the demo model that ships with edge.
 
@@ -348,28 +358,6 @@ def open_session(
     return Session(prepare(path, request, device, engine, text=text, fresh=fresh), notify=notify, started=started)
 
 
-def open_source(path: Path, *, shapes: bool = False) -> Source:
-    """A checkpoint folder, or a pack; with ``shapes`` a config.json will do, as a checkpoint without weights.
-
-    Raises MissingFile, BadCheckpoint, Unsupported.
-    """
-    hint = "`edge plan` and `edge inspect` take its config.json alone"
-    config = path.suffix == ".json" and os.path.isfile(path)
-    if shapes and config:
-        return sketch(path)
-    if not os.path.isdir(path):  # which, unlike Path.is_dir, takes a name too long as absent
-        expected = "a checkpoint folder with config.json, or a pack"
-        raise MissingFile("no such folder", file=path, expected=expected, hint=hint if config else None)
-    if is_pack(path):
-        return Pack.open(path)
-    try:
-        return Checkpoint.open(path)
-    except MissingFile as error:
-        if error.file != os.fspath(path):
-            raise
-        raise MissingFile(error.found, file=path, expected=error.expected, hint=hint) from None
-
-
 def prepare(
     path: Path, request: Request, device: str, engine: str, *, text: bool = False, fresh: bool = False
 ) -> Ready:
@@ -377,7 +365,7 @@ def prepare(
     source = open_source(path)
     # A template or a default that cannot be read is better known before gigabytes are.
     template, defaults = ChatTemplate.open(path), read_generation(path, source.raw_config)
-    folder = text_folder(source)
+    engine, folder = engine_for(source, engine), text_folder(source)
     runtime = engines.start(engine, device)
     if request.ram_budget is not None and runtime.device == "cpu":
         raise Usage("--ram-budget on a CPU", field="--ram-budget", expected="--budget, which counts all of it there")
@@ -393,7 +381,7 @@ def prepare(
     return Ready(source, tokenizer, template, defaults, runtime, request, floor)
 
 
-def settled(source: Source, bare: Floor, runtime: engines.Runtime, engine: str, device: str) -> Floor:
+def settled(source: Opened, bare: Floor, runtime: engines.Runtime, engine: str, device: str) -> Floor:
     """The floor a run plans on: what `edge plan` was told, or what this process holds already where that is more."""
     known = machine.known_floor(engine, device)
     remembered = known.floor if known is not None else bare
@@ -402,9 +390,9 @@ def settled(source: Source, bare: Floor, runtime: engines.Runtime, engine: str, 
     return Floor(max(remembered.host, now.host - text), max(remembered.device, now.device), text)
 
 
-def plan_floor(source: Source, request: Request, device: str, engine: str) -> tuple[Floor, Request]:
+def plan_floor(source: Opened, request: Request, device: str, engine: str) -> tuple[Floor, Request]:
     """The floor for a plan that loads nothing, and the request with what 'auto' comes to here."""
-    known = machine.floor_for(engine, device)
+    known = machine.floor_for(engine_for(source, engine), device)
     if request.ram_budget is not None and known.device == "cpu":
         raise Usage("--ram-budget on a CPU", field="--ram-budget", expected="--budget, which counts all of it there")
     floor = replace(known.floor, tokenizer=tokenizer_bytes(source))

@@ -216,11 +216,13 @@ class Lowering:
         source, b = str(node.inputs[0]), self.b
         rest = tuple(int(d) for d in node.shape[1:])
         whole = b.node("Reshape", (self.get(source), self.by_batch(rest)))
+        self.bind(node, b.node("Reshape", (self.last_of(whole), b.ints(-1, *rest))))
+
+    def last_of(self, x: str) -> str:
+        """What of [batch, tokens, ...] belongs to tokens whose logits are wanted."""
         if self.choices.layout == "genai":
-            cut = b.node("GatherND", (whole, self.ends), batch_dims=1)
-        else:
-            cut = b.node("Slice", (whole, self.kept, b.ints(END), b.ints(1)))
-        self.bind(node, b.node("Reshape", (cut, b.ints(-1, *rest))))
+            return self.b.node("GatherND", (x, self.ends), batch_dims=1)
+        return self.b.node("Slice", (x, self.kept, self.b.ints(END), self.b.ints(1)))
 
     def lower_tanh(self, node: Node) -> None:
         self.bind(node, self.b.node("Tanh", (self.get(node.inputs[0]),)))
@@ -302,10 +304,9 @@ class Lowering:
         if key not in self.memo:
             b = self.b
             angles = b.node("Mul", (self.as_floats(positions), b.floats(frequencies(rope)[None])))
-            size = b.floats(amplitude(rope))
             pair = [b.node(op, (angles,)) for op in ("Cos", "Sin")]
             if amplitude(rope) != 1.0:
-                pair = [b.node("Mul", (x, size)) for x in pair]
+                pair = [b.node("Mul", (x, b.floats(amplitude(rope)))) for x in pair]
             self.memo[(*key, "cos")], self.memo[(*key, "sin")] = pair
             self.memo[key] = ""
         return self.memo[(*key, "cos")], self.memo[(*key, "sin")]

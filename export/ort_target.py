@@ -70,6 +70,7 @@ class OrtLowering(Lowering):
         blocks = block_count(dim)
         codes = self.b.weight(f"{name}.rows", UINT8, (rows, blocks * BLOCK * BITS[stored] // 8), "codes", name)
         scales = self.b.weight(f"{name}.scales", FLOAT, (rows, blocks), "scales", name)
+        self.needs("1.23")  # before, rows had other codes
         attrs = {"bits": BITS[stored], "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         found = self.b.node("GatherBlockQuantized", (codes, ids, scales), domain=MICROSOFT, **attrs)
         if dim % BLOCK:
@@ -354,7 +355,8 @@ class OrtLowering(Lowering):
         b, dim, scope = self.b, self.spec.dim, gate.rsplit(".", 1)[0]
         first = b.weight(f"{scope}.gate_up", FLOAT, (spec.experts, 2 * spec.width, dim), "interleaved", gate, up)
         second = b.weight(down, FLOAT, (spec.experts, dim, spec.width), "values", down)
-        self.needs("1.23")
+        # Of 1.23 the first release has no kernel for CPUs.
+        self.needs("1.24")
         logits = b.node("Log", (b.node("Max", (weights, b.floats(LEAST))),))
         out = b.node("MoE", (x, logits, first, "", second), domain=MICROSOFT, normalize_routing_weights=1, **attrs)
         return b.node("Mul", (out, self.total(weights)))

@@ -41,12 +41,13 @@ class Known:
 
 def key(engine: str, device: str) -> str:
     """What a floor depends on besides the machine."""
+    library = "onnxruntime" if engine == "ort" else "torch"
     try:
-        torch = metadata.version("torch")
+        version = metadata.version(library)
     except metadata.PackageNotFoundError:
-        torch = "none"
+        version = "none"
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    return f"{engine} {device} {gpus}, edge {__version__}, torch {torch}, python {platform.python_version()}"
+    return f"{engine} {device} {gpus}, edge {__version__}, {library} {version}, python {platform.python_version()}"
 
 
 def known_floor(engine: str, device: str) -> Known | None:

@@ -7,20 +7,24 @@ plan, and more budget never gives a worse one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edge.budget.price import Prices
+from edge.budget.price import Prices, ple_bytes
+from edge.budget.price_ort import OrtPrices
 from edge.budget.quality import Losses, Quality, comparable, judges
 from edge.budget.units import format_bytes
-from loaders.errors import Usage, WontFit
+from edge.store.packages import Opened
+from loaders.errors import Unsupported, Usage, WontFit
 from loaders.families import NamedSlice
 from loaders.formats.measured import Measured
 from loaders.formats.pack import Pack, refuse_precision
+from loaders.formats.package import Package
 from loaders.formats.quant import BITS
 from loaders.formats.recipe import PRECISIONS, Recipe, recipes
 from loaders.network.matformer import Slice, sliced
 from loaders.network.spec import Experts, LatentAttention, Model
+from loaders.network.tensors import total
 from loaders.slices import candidates, resolve
 from loaders.weights import Source, kept
 
@@ -130,7 +134,7 @@ class Plan(Mapping[str, Any]):
     def label(self) -> str:
         """One line for people."""
         tier = "" if self.ple == "none" else f", PLE table {WHERE[self.ple]}"
-        kv = "" if self.kv == usual_kv(self.recipe) else f" with keys and values in {self.kv}"
+        kv = "" if self.kv == usual_kv(self.recipe, self.engine) else f" with keys and values in {self.kv}"
         return f"{self.slice} in {self.recipe.label}{tier}, context {self.context}{kv}"
 
     def __getitem__(self, key: str) -> Any:
@@ -146,11 +150,13 @@ class Plan(Mapping[str, Any]):
 WHERE = {"device": "on the device", "ram": "in RAM", "ssd": "on SSD"}
 
 
-def enumerate_plans(source: Source, request: Request, floor: Floor, measured: Sequence[Measured] = ()) -> list[Plan]:
+def enumerate_plans(source: Opened, request: Request, floor: Floor, measured: Sequence[Measured] = ()) -> list[Plan]:
     """Every combination the request leaves open, best first; contexts as one block each, longest first.
 
     ``measured``: what is known of the source's slices. With results of the full model among them quality is loss.
     """
+    if isinstance(source, Package):
+        return package_plans(source, request, floor)
     model, losses = source.model, comparable(source.model, measured)
     slices = wanted_slices(source, request.slice, losses)
     found: list[tuple[int, Plan]] = []
@@ -179,6 +185,41 @@ def wanted_runs(source: Source, request: Request, recipe: Recipe) -> Iterator[tu
                 yield from ((order, context, kv, tier, min(chunk, context)) for chunk in CHUNKS[request.device])
 
 
+def package_plans(package: Package, request: Request, floor: Floor) -> list[Plan]:
+    """What a package can be run as: contexts, tiers of its table and chunks; all else was decided by its export.
+
+    Raises Unsupported for a slice, a precision or a cache that it does not have.
+    """
+    model, prices = package.model, OrtPrices(package)
+    part = replace(package.slice, name=package.source_slice.name)
+    refuse_other(package, "--slice", request.slice, (part.name, "full"))
+    refuse_other(package, "--kv", request.kv, (prices.kv,))
+    (recipe,) = wanted_recipes(package, request.precision)
+    quality = Quality(total(model) / 1e9, "parameters", len(model.layers))
+    facts = (quality, prices.bytes_per_token(), prices.experts_bytes, routing(model))
+    kind, found = package.ple_kind or "int8", list[tuple[int, Plan]]()
+    for order, context in enumerate(wanted_contexts(min(model.context, package.context), request.context)):
+        for tier in wanted_tiers(package, request):
+            for chunk in sorted({min(chunk, context) for chunk in CHUNKS["cpu"]}):
+                priced = prices.components(context, chunk, 0 if tier == "none" else ple_bytes(model, kind, tier))
+                taken, host = split(priced, floor, tier, request.device)
+                plan = Plan(
+                    part, recipe, tier, prices.kv, context, chunk, request.engine, request.device, taken, host,
+                    *facts,
+                )  # fmt: skip
+                found.append((order, plan))
+    return [plan for _, plan in sorted(found, key=lambda item: (item[0], *preference(item[1])))]
+
+
+def refuse_other(package: Package, flag: str, text: str, held: Sequence[str]) -> None:
+    """Raises Unsupported for what a package cannot be run as; 'auto' is whatever it holds."""
+    if text != "auto" and text not in held:
+        raise Unsupported(
+            f"this package holds {held[0]}", file=package.folder, field=f"{flag} {text}",
+            hint="Export the model again, or run the checkpoint itself",
+        )  # fmt: skip
+
+
 def routing(model: Model) -> tuple[int, int]:
     """(experts a token runs through, experts there are) of the first layer that has a choice; (0, 0) without."""
     mixtures = (layer.ffn for layer in model.layers if isinstance(layer.ffn, Experts))
@@ -194,13 +235,18 @@ def preference(plan: Plan) -> tuple[float, ...]:
     return (
         -depth,
         -score,
-        PRECISIONS.index(plan.precision),
+        place(PRECISIONS, plan.precision),
         plan.chunk < min(SHORT, plan.context),
-        KV.index(plan.kv),
+        place(KV, plan.kv),
         ("ram", "device", "ssd", "none").index(plan.ple),
         -plan.chunk,
         plan.total_bytes,
     )
+
+
+def place(order: Sequence[str], name: str) -> int:
+    """Where a name stands; what only packages have stands first."""
+    return order.index(name) if name in order else 0
 
 
 def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -217,7 +263,7 @@ def split(priced: dict[str, int], floor: Floor, tier: str, device: str) -> tuple
     return on_device, host
 
 
-def choose(source: Source, request: Request, floor: Floor, measured: Sequence[Measured] = ()) -> Plan:
+def choose(source: Opened, request: Request, floor: Floor, measured: Sequence[Measured] = ()) -> Plan:
     """The best plan that fits. Raises WontFit, naming the nearest there is, before anything is loaded."""
     return pick(enumerate_plans(source, request, floor, measured), request)
 
@@ -268,8 +314,11 @@ def wanted_slices(source: Source, text: str, losses: Losses | None) -> tuple[Nam
     return (known.get((part.keep, part.widths), NamedSlice(part)),)
 
 
-def wanted_recipes(source: Source, text: str) -> tuple[Recipe, ...]:
+def wanted_recipes(source: Opened, text: str) -> tuple[Recipe, ...]:
     """A 16-bit checkpoint gains nothing from float32, so ``auto`` does not offer it there; a pack has what it has."""
+    if isinstance(source, Package):
+        refuse_other(source, "--precision", text, source.precisions)
+        return (source.recipe,)
     if isinstance(source, Pack):
         offered = source.precisions
         if (text != "auto" and one_of("--precision", text, PRECISIONS) not in offered) or not offered:
@@ -296,12 +345,14 @@ def wanted_kv(model: Model, recipe: Recipe, text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys("bf16" if latent and kv == "int8" else kv for kv in offered))
 
 
-def usual_kv(recipe: Recipe) -> str:
+def usual_kv(recipe: Recipe, engine: str = "torch") -> str:
     """What keys and values are kept in where nothing forces them lower."""
+    if engine == "ort":
+        return "float16" if recipe.precision == "float16" else "float32"
     return "float32" if recipe.precision == "float32" else "bf16"
 
 
-def wanted_tiers(source: Source, request: Request) -> tuple[str, ...]:
+def wanted_tiers(source: Opened, request: Request) -> tuple[str, ...]:
     """``auto`` never puts the table on a device: it would buy microseconds with gigabytes."""
     if source.model.ple is None:
         if request.ple != "auto":

@@ -33,7 +33,7 @@ QUANTIZING = 3
 
 def itemsize(precision: str) -> int:
     """Bytes per value."""
-    return ITEMSIZE[PLAIN[precision]]
+    return ITEMSIZE[PLAIN.get(precision, "F16")]
 
 
 def kv_capacity(a: AnyAttention, context: int) -> int:

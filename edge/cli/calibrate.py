@@ -22,8 +22,9 @@ from edge.corpus import open_text
 from edge.session import open_source
 from edge.session import quiet as quietly
 from edge.store.measured import save
-from loaders.errors import CannotCreate, Usage, printable
+from loaders.errors import CannotCreate, Unsupported, Usage, printable
 from loaders.formats.atomic import refusal, temporary, umask
+from loaders.formats.package import is_package
 from loaders.network.matformer import Slice
 
 
@@ -59,6 +60,9 @@ def command(
     Takes as long as running a hundred slices over the text.
     """
     path = model_path(model)
+    if is_package(path):
+        hint = "Calibrate the model it was exported from"
+        raise Unsupported("an exported package: it is one slice", file=path, field="MODEL", hint=hint)
     if output is not None and flags["budget"] is None:
         raise Usage("-o without a budget", field="--output", expected="--budget SIZE: a curve is many slices")
     if output is not None:

@@ -21,11 +21,12 @@ from edge.cli.show import plan_lines, print_json, progress, stderr, stdout
 from edge.corpus import open_text
 from edge.evaluate import CONTEXT, Score, Text, evaluate, measured_of, read_text, span
 from edge.session import Ready, Session, open_source, prepare
-from loaders.errors import Usage, printable
+from edge.store.packages import Opened
+from loaders.errors import Unsupported, Usage, printable
 from loaders.formats.measured import Measured
+from loaders.formats.package import Package
 from loaders.formats.sharded import Notify
 from loaders.slices import resolve
-from loaders.weights import Source
 
 REPEATED = ("slice", "precision")
 USUAL = "[default: full, as stored; with --budget what `edge run` would take]"
@@ -114,7 +115,14 @@ def check(flags: dict[str, Any]) -> None:
         raise Usage(stride, field="--stride", expected=f"1 to {'the context' if context is None else context}")
 
 
-def combined(source: Source, flags: dict[str, Any]) -> tuple[list[Request], str | None]:
+def refuse_saving(source: Opened, wanted: bool) -> None:
+    """Raises Unsupported where there is nowhere to keep results."""
+    if wanted and isinstance(source, Package):
+        hint = "Evaluate the model it was exported from"
+        raise Unsupported("an exported package", file=source.folder, field="--save", expected="a model", hint=hint)
+
+
+def combined(source: Opened, flags: dict[str, Any]) -> tuple[list[Request], str | None]:
     """A request for each slice at each precision, and what there is to say when no budget was given.
 
     Raises Usage or Unsupported for what the model does not have.
@@ -154,6 +162,7 @@ class Job:
     def measure(self) -> tuple[Text, list[Result]]:
         """The text, and every combination evaluated, one after another. What is refused is so before one loads."""
         with closing(open_source(self.path)) as source:
+            refuse_saving(source, self.flags["save"])
             requests, note = combined(source, self.flags)
         ready = self.prepared(requests[0], fresh=True)
         with closing(ready.source):

@@ -10,21 +10,23 @@ from rich.table import Table
 from rich.text import Text
 
 from edge.budget.price import kv_bytes
+from edge.budget.price_ort import kept_in
 from edge.budget.units import format_bytes
 from edge.cli.layers import Row, layer_rows, layer_table, router_text
 from edge.cli.model import model_path, say_demo
 from edge.cli.show import clipped, parameters, print_json, stdout, weights_note
 from edge.session import open_source
 from edge.store.measured import measured
+from edge.store.packages import Opened, weighty
 from loaders.checkpoint import Checkpoint
 from loaders.errors import printable
 from loaders.formats.measured import Measured, plain
+from loaders.formats.pack import Pack
+from loaders.formats.package import Package
 from loaders.network.matformer import sliced
 from loaders.network.spec import Experts, Model
-from loaders.network.tensors import PLE_TABLE, active, core, total
-from loaders.sketch import has_weights
+from loaders.network.tensors import PLE_TABLE, active, core, tensors, total
 from loaders.slices import candidates
-from loaders.weights import Source
 
 # Tokens that the headline prices a context at.
 TOKENS = 4096
@@ -41,7 +43,7 @@ def command(model: str | None, as_json: bool) -> None:
     """
     path = model_path(model)
     checkpoint = open_source(path, shapes=True)
-    facts, rows = summary(checkpoint), layer_rows(checkpoint.model, checkpoint.stored)
+    facts, rows = summary(checkpoint), layer_rows(checkpoint.model, stored_in(checkpoint))
     results = measured(checkpoint)
     if as_json:
         count = len(checkpoint.model.layers)
@@ -62,7 +64,7 @@ def command(model: str | None, as_json: bool) -> None:
         console.print(f"{name:<14} {text}", markup=False)
     console.print()
     console.print(layer_table(checkpoint.model, rows))
-    if checkpoint.model.nested is not None:
+    if checkpoint.model.nested is not None and not isinstance(checkpoint, Package):
         console.print()
         console.print(slice_table(checkpoint))
     if results:
@@ -70,15 +72,28 @@ def command(model: str | None, as_json: bool) -> None:
         console.print(measured_table(results))
 
 
-def summary(checkpoint: Source) -> dict[str, Any]:
+def stored_in(source: Opened) -> dict[str, int]:
+    """Canonical name -> bytes in the files, of every tensor. What a package holds of several in one is shared out."""
+    table = tensors(source.model)
+    found = dict.fromkeys(table, 0) | {name: size for name, size in source.stored.items() if name in table}
+    for name in source.stored.keys() - table.keys():
+        scope = name.rpartition(".")[0] + "."
+        inside = [other for other in table if other.startswith(scope) and not source.stored.get(other)]
+        for other in inside:
+            found[other] += source.stored[name] // len(inside)
+    return found
+
+
+def summary(checkpoint: Opened) -> dict[str, Any]:
     """Counts and bytes, as data."""
     model = checkpoint.model
-    stored = checkpoint.stored
-    plain = isinstance(checkpoint, Checkpoint)
+    stored = stored_in(checkpoint)
+    plain, exported = isinstance(checkpoint, Checkpoint), isinstance(checkpoint, Package)
+    kv = kept_in(checkpoint.contract) if isinstance(checkpoint, Package) else "bf16"
     return {
         "family": model.family,
         "dtype": checkpoint.dtype,
-        "weights": has_weights(checkpoint),
+        "weights": weighty(checkpoint),
         "parameters": total(model),
         "active_parameters": active(model),
         "core_parameters": core(model),
@@ -88,20 +103,31 @@ def summary(checkpoint: Source) -> dict[str, Any]:
         "embed_bytes": stored["embed"],
         "skipped_bytes": checkpoint.skipped_bytes if plain else 0,
         "ignored_tensors": len(checkpoint.ignored) if plain else 0,
-        "pack": None if plain else {"parts": dict(checkpoint.sizes()), "source": checkpoint.source},
-        "kv_bytes_per_token": kv_bytes(model, 1, "bf16"),
+        "pack": {"parts": dict(checkpoint.sizes()), "source": checkpoint.source}
+        if isinstance(checkpoint, Pack)
+        else None,
+        "package": package_facts(checkpoint) if isinstance(checkpoint, Package) else None,
+        "kv": kv,
+        "kv_bytes_per_token": kv_bytes(model, 1, kv),
         "kv_bytes": {
             "tokens": min(TOKENS, model.context),
-            "bytes": kv_bytes(model, min(TOKENS, model.context), "bf16"),
+            "bytes": kv_bytes(model, min(TOKENS, model.context), kv),
         },
         "context": model.context,
         "vocab": model.vocab,
-        "slices": [s.slice.name for s in candidates(model, checkpoint.family)],
+        "slices": [s.slice.name for s in candidates(model, checkpoint.family)] if not exported else [],
         "notes": [*weights_note(checkpoint), *(checkpoint.shards.notes if plain else ())],
     }
 
 
-def headline(checkpoint: Source, facts: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
+def package_facts(package: Package) -> dict[str, Any]:
+    """What an exported package says of itself, as data."""
+    facts = package.facts
+    names = ("profile", "layout", "precision", "head", "context", "opset", "min_ort", "graph", "source", "parity")
+    return {**{name: getattr(facts, name) for name in names}, "slice": facts.slice.name, "files": package.sizes()}
+
+
+def headline(checkpoint: Opened, facts: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
     """The facts in words."""
     model, cache = checkpoint.model, facts["kv_bytes"]
     part = (
@@ -117,7 +143,8 @@ def headline(checkpoint: Source, facts: dict[str, Any], rows: list[Row]) -> list
         ),
         (
             "context",
-            f"{model.context:,} tokens; keys and values in bf16: {format_bytes(facts['kv_bytes_per_token'])} a token, "
+            f"{model.context:,} tokens; keys and values in {facts['kv']}: "
+            f"{format_bytes(facts['kv_bytes_per_token'])} a token, "
             f"{format_bytes(cache['bytes'])} for {cache['tokens']:,}",
         ),
         ("head", "tied to the token embedding" if model.tied else "its own tensor"),
@@ -130,10 +157,15 @@ def headline(checkpoint: Source, facts: dict[str, Any], rows: list[Row]) -> list
     if facts["pack"] is not None:
         held = ", ".join(f"{part} {format_bytes(size)}" for part, size in facts["pack"]["parts"].items())
         lines.append(("pack", f"{held}; of {facts['pack']['source']}"))
+    if facts["package"] is not None:
+        package = facts["package"]
+        text = f"profile {package['profile']}, layout {package['layout']}, ONNX Runtime {package['min_ort']} or later; "
+        text += f"{package['slice']} of {package['source']}, caches for {package['context']:,} tokens"
+        lines.append(("package", text))
     return lines + [("note", note) for note in facts["notes"]]
 
 
-def mechanisms(checkpoint: Source, facts: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
+def mechanisms(checkpoint: Opened, facts: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
     """What this model has beside its layers, or alike in all of them."""
     model = checkpoint.model
     lines = []
@@ -152,7 +184,7 @@ def mechanisms(checkpoint: Source, facts: dict[str, Any], rows: list[Row]) -> li
     return lines
 
 
-def slice_table(checkpoint: Source) -> Table:
+def slice_table(checkpoint: Opened) -> Table:
     """The slices a planner may choose."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("slice", "parameters", "core", "MMLU", "what it keeps"):

@@ -43,6 +43,6 @@ def told_apart(first: str | None, second: str | None, flag: str | None) -> tuple
     raise MissingFile(
         "no such folder",
         file=first or "''",  # a variable that is not set
-        expected="a checkpoint folder with config.json, or a pack",
+        expected="a checkpoint folder with config.json, a pack or a package",
         hint="The demo model takes any prompt with -p",
     )

@@ -80,7 +80,8 @@ def make(model: Path, output: str | None, precisions: tuple[str, ...], ple: str,
     """Packs into a folder of its own, or into the cache, where what is there already is kept."""
     source, start = open_source(model), time.perf_counter()
     if not isinstance(source, Checkpoint):
-        raise Usage("a pack", field="MODEL", expected="a checkpoint folder")
+        what = "a pack" if isinstance(source, Pack) else "an exported package"
+        raise Usage(what, field="MODEL", expected="a checkpoint folder")
     with closing(source), progress(stderr(), not (quiet or as_json)) as notify:
         if output is not None:
             write_pack(source, Path(output), precisions, ple=ple, notify=notify)

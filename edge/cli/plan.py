@@ -14,8 +14,8 @@ from edge.cli.options import planning, wanted
 from edge.cli.show import distinct, fits, plan_lines, plan_table, print_json, speed_text, stdout, weights_note
 from edge.session import open_source, plan_floor
 from edge.store.measured import measured
+from edge.store.packages import weighty
 from loaders.errors import WontFit, printable
-from loaders.sketch import has_weights
 
 
 @click.command("plan")
@@ -25,7 +25,8 @@ from loaders.sketch import has_weights
 def command(model: str | None, as_json: bool, device: str, engine: str, **flags: Any) -> int:
     """Say what would run within a budget, and why. Reads headers, loads no weights; a config.json will do.
 
-    MODEL is a checkpoint folder or a pack; without one it is the demo model that ships with edge.
+    MODEL is a checkpoint folder, a pack or an exported package; without one it is the demo model that ships
+    with edge.
     Exits with 80 when nothing fits.
     """
     want = wanted(**flags)
@@ -42,7 +43,7 @@ def command(model: str | None, as_json: bool, device: str, engine: str, **flags:
         refusal = error
     if as_json:
         found = report(plans, chosen, refusal, request, floor.host, bandwidth)
-        print_json({"model": printable(path), "weights": has_weights(source), **found})
+        print_json({"model": printable(path), "weights": weighty(source), **found})
     else:
         say_demo(model, source.model)
         notes = ([want.note] if want.note else []) + weights_note(source)

@@ -67,8 +67,8 @@ INTERRUPTED = 130
 def command(**flags: Any) -> int:
     """Run MODEL on PROMPT within a memory budget.
 
-    MODEL is a checkpoint folder or a pack. Without one the demo model runs, which ships with edge and
-    completes tales. One argument alone is MODEL if there is such a folder, and PROMPT if it has several
+    MODEL is a checkpoint folder, a pack or an exported package. Without one the demo model runs, which ships
+    with edge and completes tales. One argument alone is MODEL if there is such a folder, and PROMPT if it has several
     words; give the demo a prompt of one word with -p.
 
     \b

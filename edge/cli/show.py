@@ -17,10 +17,9 @@ from edge.budget.quality import MEASURED, Quality
 from edge.budget.units import format_bytes
 from edge.generate import Timing
 from edge.session import Session
+from edge.store.packages import Opened, weighty
 from loaders.formats.measured import Measured
 from loaders.formats.sharded import Notify
-from loaders.sketch import has_weights
-from loaders.weights import Source
 
 MOST_ROWS = 24
 # A slice may be spelt out layer by layer: a row shows the beginning.
@@ -75,9 +74,9 @@ def progress(console: Console, wanted: bool) -> Iterator[Notify]:
         yield notify
 
 
-def weights_note(source: Source) -> list[str]:
+def weights_note(source: Opened) -> list[str]:
     """What to know of figures that come from a config.json alone; nothing of others."""
-    if has_weights(source):
+    if weighty(source):
         return []
     lacking = "" if (source.folder / "tokenizer.json").exists() else ", and no tokenizer is counted"
     return [f"no weights here: bytes are those of the config's shapes in {source.dtype}{lacking}"]
@@ -173,7 +172,7 @@ def clipped(name: str) -> str:
 
 def component(plan: Plan, name: str) -> str:
     """Bytes of a component, and what keys and values are in where it is not what they usually are."""
-    kind = f"{plan.kv} " if name == "kv" and plan.kv != usual_kv(plan.recipe) else ""
+    kind = f"{plan.kv} " if name == "kv" and plan.kv != usual_kv(plan.recipe, plan.engine) else ""
     return kind + format_bytes(plan.bytes.get(name, 0))
 
 

@@ -11,6 +11,7 @@ from edge.cli.show import progress, stderr
 from edge.session import open_source
 from loaders.checkpoint import Checkpoint
 from loaders.errors import Usage
+from loaders.formats.pack import Pack
 from loaders.rewrite import write_slice
 from loaders.slices import resolve
 
@@ -25,7 +26,8 @@ def command(model: str, name: str, output: str, quiet: bool) -> None:
     console = stderr()
     checkpoint = open_source(Path(model))
     if not isinstance(checkpoint, Checkpoint):
-        raise Usage("a pack", field="MODEL", expected="a checkpoint folder: slices of a pack are chosen when it is run")
+        what = "a pack" if isinstance(checkpoint, Pack) else "an exported package"
+        raise Usage(what, field="MODEL", expected="a checkpoint folder: slices of a pack are chosen when it is run")
     part = resolve(checkpoint.model, checkpoint.family, name)
     with progress(console, not quiet) as notify:
         size = write_slice(checkpoint, part, Path(output), notify)

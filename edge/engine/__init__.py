@@ -10,8 +10,10 @@ from edge.budget.memory import Ledger, bound_malloc
 from edge.budget.nvml import device_used
 from edge.budget.plan import Floor, Plan
 from edge.budget.watch import Tree
+from edge.store.packages import Opened, verify
 from edge.store.ple import Counters
 from loaders.errors import Unsupported, Usage
+from loaders.formats.package import Package
 from loaders.formats.sharded import Notify
 from loaders.network.matformer import parts
 from loaders.network.spec import Model
@@ -52,17 +54,29 @@ def start(engine: str, device: str) -> Runtime:
     """Loads and warms up an engine. Raises Usage or Unsupported for one this version does not have."""
     if engine not in ("auto", "torch", "native", "ort"):
         raise Usage(engine, field="--engine", expected="auto, native, torch or ort")
-    if engine in ("native", "ort"):
-        raise Unsupported(
-            f"the {engine} engine is not part of this version", field="--engine", expected="auto or torch"
-        )
+    if engine == "native":
+        raise Unsupported("the native engine is not part of this version", field="--engine", expected="auto or torch")
     bound_malloc()
+    if engine == "ort":
+        return start_ort(device)
     before = device_before()
     from edge.engine.torch_start import pick_device, warm_up
 
     picked = pick_device(device)
     warm_up(picked)
     return Runtime("torch", picked.type, picked, before if picked.type == "cuda" else None)
+
+
+def start_ort(device: str) -> Runtime:
+    """ONNX Runtime. Raises Unsupported where it is not installed, or for a device that is not the CPU."""
+    try:
+        from edge.engine.ort_start import pick_device, warm_up
+    except ImportError as error:
+        hint = "Install onnxruntime: exported packages run in it"
+        raise Unsupported(f"no ONNX Runtime: {error}", field="--engine ort", hint=hint) from None
+    picked = pick_device(device)
+    warm_up()
+    return Runtime("ort", picked, picked, None)
 
 
 @cache
@@ -72,12 +86,15 @@ def device_before() -> int | None:
 
 
 def load(
-    runtime: Runtime, source: Source, model: Model, plan: Plan, ledger: Ledger, notify: Notify
+    runtime: Runtime, source: Opened, model: Model, plan: Plan, ledger: Ledger, notify: Notify, room: int | None = None
 ) -> tuple[Engine, Counters | None]:
-    """Realises a plan: reads the slice's windows, opens its table, makes the cache. ``model`` is the slice's.
+    """Realises a plan: reads the slice's windows, opens its table, makes the cache. ``model`` is the slice's; ``room``
+    the bytes that may still be taken to prepare what later runs find done, None without a limit.
 
     Raises OverBudget where a GPU has less than the plan says.
     """
+    if isinstance(source, Package):
+        return realise_package(source, plan, ledger, notify, room)
     from edge.engine import cuda_memory
 
     if runtime.device == "cuda":
@@ -107,3 +124,13 @@ def realise(
         model, weights, rows, context=plan.context, chunk=plan.chunk, kv=plan.kv, device=runtime.handle
     )
     return engine, None if rows is None else rows.counters
+
+
+def realise_package(
+    package: Package, plan: Plan, ledger: Ledger, notify: Notify, room: int | None
+) -> tuple[Engine, Counters | None]:
+    """:func:`load` of an exported package, once its sums are known to be right."""
+    from edge.engine.ort_load import load_package
+
+    verify(package, notify)
+    return load_package(package, plan, ledger, notify, room)

@@ -8,22 +8,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edge.store import packs
+from edge.store.packages import Opened
 from loaders.errors import CannotCreate, MissingFile, NotPermitted, ReadFailed
 from loaders.formats import manifest as manifests
 from loaders.formats.measured import MOST, Measured, load, merge, parse, plain
 from loaders.formats.pack import MEASURED, PARTS, ROOT, Pack, measured_in
+from loaders.formats.package import Package
 from loaders.formats.sharded import Notify
 from loaders.network.spec import Model
 from loaders.sketch import has_weights
 from loaders.weights import Source
 
 
-def measured(source: Source) -> tuple[Measured, ...]:
+def measured(source: Opened) -> tuple[Measured, ...]:
     """What is known of a source: a pack's results; those in a checkpoint's cached pack, over those in its folder.
 
     Raises BadCheckpoint or Unsupported for results that cannot be, and for a damaged pack.
     """
-    if isinstance(source, Pack):
+    if isinstance(source, Pack | Package):
         return source.measured
     beside = load(source.folder, source.model)
     folder = packs.cached(source) if has_weights(source) else None

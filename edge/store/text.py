@@ -10,20 +10,21 @@ from pathlib import Path
 
 from edge.budget.memory import trim
 from edge.store import packs
+from edge.store.packages import Opened
 from loaders.errors import CannotCreate, NotPermitted, ReadFailed
 from loaders.formats.pack import VOCAB, Pack
+from loaders.formats.package import Package
 from loaders.packing import check_vocab
 from loaders.text.compact import CompactTokenizer, resident_bytes
 from loaders.text.tokenizer import AnyTokenizer, Tokenizer
-from loaders.weights import Source
 
 # What the mapped form of a vocabulary takes is known once it is there; before, the size of its text is an upper bound.
 NOT_YET_MAPPED = 4 << 20
 
 
-def text_folder(source: Source) -> Path | None:
+def text_folder(source: Opened) -> Path | None:
     """Where a mapped vocabulary lies, the pack's folder made if need be; None where the cache cannot be written."""
-    if isinstance(source, Pack):
+    if isinstance(source, Pack | Package):
         return source.folder
     if not (source.folder / "tokenizer.json").exists():
         return None
@@ -53,7 +54,7 @@ def apart(work: Callable[[], None]) -> None:
     os.waitpid(child, 0)
 
 
-def open_tokenizer(source: Source, folder: Path | None, needed: bool) -> AnyTokenizer | None:
+def open_tokenizer(source: Opened, folder: Path | None, needed: bool) -> AnyTokenizer | None:
     """The tokenizer, checked against the model; None where there is none and it is not ``needed``.
 
     Raises BadCheckpoint for one that does not go with the model, MissingFile where it is needed and absent.
@@ -69,9 +70,9 @@ def open_tokenizer(source: Source, folder: Path | None, needed: bool) -> AnyToke
     return tokenizer
 
 
-def tokenizer_bytes(source: Source) -> int:
+def tokenizer_bytes(source: Opened) -> int:
     """What the tokenizer will keep in memory, from its files alone; a guess while a checkpoint has no pack."""
-    folder = source.folder if isinstance(source, Pack) else packs.cached(source)
+    folder = source.folder if isinstance(source, Pack | Package) else packs.cached(source)
     if folder is not None and (folder / VOCAB).exists():
         return resident_bytes(folder / VOCAB)
     path = source.folder / "tokenizer.json"
