@@ -56,6 +56,11 @@ class View:
     shape: Dims
 
 
+def embeds(node: Node) -> bool:
+    """Whether it is what tokens become first."""
+    return node.op == "embed" and node.inputs[1] == "ids"
+
+
 class Lowering:
     """One graph on its way. Subclasses say how a target multiplies, norms, rotates and attends."""
 
@@ -87,10 +92,16 @@ class Lowering:
     def run(self) -> None:
         """Lowers everything."""
         b = self.b
-        self.ids = b.input("input_ids", INT64, ("batch", "tokens"))
+        # Whoever looks up rows of one table in a browser looks up those of the other too, in a graph of its own.
+        outside = self.choices.layout == "web" and self.spec.ple is not None
+        if outside:
+            self.ids = b.input("inputs_embeds", FLOAT, ("batch", "tokens", self.spec.dim))
+        else:
+            self.ids = b.input("input_ids", INT64, ("batch", "tokens"))
         self.mask = b.input("attention_mask", INT64, ("batch", "total"))
         self.positions = b.input("position_ids", INT64, ("batch", "tokens"))
-        self.values["ids"] = View(b.node("Reshape", (self.ids, b.ints(-1))), ("t",), ("t",))
+        if not outside:
+            self.values["ids"] = View(b.node("Reshape", (self.ids, b.ints(-1))), ("t",), ("t",))
         self.values[POSITIONS] = View(b.node("Reshape", (self.positions, b.ints(-1))), ("t",), ("t",))
         if self.spec.ple is not None:
             shape = (len(self.spec.layers), self.spec.ple.dim)
@@ -100,12 +111,29 @@ class Lowering:
         for node in self.graph.nodes:
             scopes = [x for x in node.inputs if isinstance(x, str) and x.startswith("layers.")]
             b.scope = scopes[0].rsplit(".", 1)[0] + "." if scopes else b.scope
-            getattr(self, f"lower_{node.op}")(node)
+            if outside and embeds(node):
+                self.bind(node, self.ids, ("b", "t", self.spec.dim))
+            else:
+                getattr(self, f"lower_{node.op}")(node)
         b.scope = ""
         out = self.get(self.graph.output)
         # onnxruntime-genai takes a 1 here for what it is: logits of one token, however many went in.
         b.output("logits", FLOAT, ("batch", 1 if self.choices.layout == "genai" else "kept", self.spec.vocab))
         b.node("Reshape", (out, self.by_batch((self.spec.vocab,))), name="logits")
+
+    def run_embedding(self) -> None:
+        """Lowers what a decoder of layout web is given: input_ids -> inputs_embeds float32 [batch, tokens, dim]."""
+        b, dim = self.b, self.spec.dim
+        self.ids = b.input("input_ids", INT64, ("batch", "tokens"))
+        self.values["ids"] = View(b.node("Reshape", (self.ids, b.ints(-1))), ("t",), ("t",))
+        node = next(node for node in self.graph.nodes if embeds(node))
+        self.lower_embed(node)
+        b.output("inputs_embeds", FLOAT, ("batch", "tokens", dim))
+        b.node("Reshape", (self.get(node.output), self.by_batch((dim,))), name="inputs_embeds")
+
+    def lower_embed(self, node: Node) -> None:
+        """Rows of a table."""
+        raise NotImplementedError
 
     @cached_property
     def batch(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from export.builder import Builder
 from export.lowering import Choices, Formats, Lowering
 from export.ort_target import OrtLowering
 from export.standard_target import StandardLowering
@@ -56,6 +57,16 @@ def lower(
     return Lowered(
         proto, list(lowering.b.weights.values()), contract(proto, lowering.caches), lowering.min_ort, target.opset
     )
+
+
+def lower_embedding(
+    model: Model, formats: Formats, *, profile: str = "ort", context: int, dtype: str = "float32"
+) -> tuple[Builder, list[Stored]]:
+    """What turns ids into the inputs_embeds of a decoder of layout web, still under construction, and its weights."""
+    choices = Choices(formats, context, "web", True, dtype == "float16")
+    lowering = TARGETS[profile](model, record(model, want="last"), choices)
+    lowering.run_embedding()
+    return lowering.b, list(lowering.b.weights.values())
 
 
 def contract(proto: onnx.ModelProto, caches: list[CacheSpec]) -> Contract:

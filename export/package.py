@@ -55,6 +55,8 @@ class Options:
     precision: str = "int4"
     profile: str = "ort"
     layout: str = "edge"
+    # Embeddings are looked up by a graph of their own.
+    apart: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -64,7 +66,7 @@ class Options:
     @property
     def graph(self) -> str:
         """The decoder's file."""
-        return web.graph_name(self.precision) if self.layout == "web" else "model.onnx"
+        return web.graph_name(self.precision, apart=self.apart) if self.layout == "web" else "model.onnx"
 
     @property
     def data(self) -> str:
@@ -98,20 +100,27 @@ def write(
     """
     refuse(source, options)
     small = sliced(source.model, part)
-    lowered = lowered_for(small, formats(source, part, small, options), options)
+    options = replace(options, apart=options.layout == "web" and small.ple is not None)
+    kinds = formats(source, part, small, options)
+    lowered = lowered_for(small, kinds, options)
     limit = web.BYTES if options.layout == "web" else None
     places = weights.layout(lowered.weights, source, part, options.recipe, limit)
     if options.layout == "web":
         web.refuse_files(places)
     weights.attach(lowered.model, places, options.data)
     table = ple.table_of(source, part, options.precision)
-    total = places.total + (0 if table is None else table.nbytes)
+    apart = None
+    if options.apart and table is not None:
+        apart = Apart.of(source, part, small, kinds, options, table)
+        table = apart.table
+    total = places.total + (0 if table is None else table.nbytes) + (0 if apart is None else apart.places.total)
     facts = facts_of(source, part, small, lowered, options, table, places.total)
     with fresh_folder(output, total) as folder:
         writing = Writing(folder, source, part, options, notify)
-        writing.weights(places, table, total)
+        writing.weights(places, table, apart, total)
         put(folder / options.graph, lowered.model.SerializeToString(deterministic=True))
-        version = writing.describe(facts, small, len(places.sizes))
+        files = {options.graph: len(places.sizes), **({} if apart is None else {apart.graph: apart.files})}
+        version = writing.describe(facts, small, files)
         put(folder / manifests.NAME, describe(folder, facts))
         if check is not None:
             facts = replace(facts, parity=check(folder, lambda exact: writing.level(lowered.model, exact)))
@@ -122,8 +131,6 @@ def write(
 
 def lowered_for(small: Model, formats: Callable[[str], str], options: Options) -> Lowered:
     """The graph, named as the layout has it. Raises Unsupported for what profile or layout cannot express."""
-    if options.layout == "web":
-        web.refuse(small)
     dtype = "float16" if options.precision == "float16" else "float32"
     found = lower(small, formats, profile=options.profile, layout=options.layout, context=options.context, dtype=dtype)
     if options.layout == "genai":
@@ -161,6 +168,40 @@ def formats(source: Source, part: Slice, small: Model, options: Options) -> Call
 
 
 @dataclass(frozen=True)
+class Apart:
+    """The graph that looks up embeddings for a decoder in a browser; the table is the last of its files of weights."""
+
+    graph: str
+    model: onnx.ModelProto
+    places: weights.Places
+    table: TableSpec
+
+    @classmethod
+    def of(
+        cls, source: Source, part: Slice, small: Model, kinds: Callable[[str], str], options: Options, table: TableSpec
+    ) -> Apart:
+        """From shapes alone. Raises Unsupported for what is too large."""
+        name = web.embedding_of(Path(options.graph)).as_posix()
+        model, found = web.embedding(small, kinds, table, options.profile, options.context, options.precision)
+        places = weights.layout(found, source, part, options.recipe, web.BYTES)
+        web.refuse_files(places)
+        web.refuse_table(table)
+        web.rename(model)
+        weights.attach(model, places, f"{name.rpartition('/')[2]}_data")
+        return cls(name, model, places, replace(table, file=f"{name}_data_{len(places.sizes)}"))
+
+    @property
+    def files(self) -> int:
+        """Of weights."""
+        return len(self.places.sizes) + 1
+
+    def write(self, folder: Path) -> None:
+        """The graph, beside a table that is there already."""
+        ple.put_table(self.model, folder / self.table.file, self.table)
+        put(folder / self.graph, self.model.SerializeToString(deterministic=True))
+
+
+@dataclass(frozen=True)
 class Writing:
     """A package under way in ``folder``."""
 
@@ -170,28 +211,36 @@ class Writing:
     options: Options
     notify: Notify
 
-    def weights(self, places: weights.Places, table: TableSpec | None, total: int) -> None:
+    def weights(self, places: weights.Places, table: TableSpec | None, apart: Apart | None, total: int) -> None:
         """All that is large, one band after another."""
         path = (self.folder / self.options.graph).with_name(self.options.data)
         path.parent.mkdir(exist_ok=True)
         recipe = self.options.recipe
         weights.write(path, places, self.source, self.part, recipe, shifted(self.notify, 0, total))
+        done = places.total
+        if apart is not None:
+            path = self.folder / f"{apart.graph}_data"
+            weights.write(path, apart.places, self.source, self.part, recipe, shifted(self.notify, done, total))
+            done += apart.places.total
         if table is not None:
-            later = shifted(self.notify, places.total, total)
+            later = shifted(self.notify, done, total)
             ple.write_table(self.folder / table.file, self.source, self.part, table, later)
-            ple.write_graph(self.folder / ple.GRAPH, table)
+            if apart is None:
+                ple.write_graph(self.folder / ple.GRAPH, table)
+            else:
+                apart.write(self.folder)
         self.notify("exporting", total, total)
 
-    def describe(self, facts: Facts, small: Model, count: int) -> str | None:
-        """Text, operators, what the layout asks for and the README, ``count`` being that of files of weights; the
-        version of ONNX Runtime that named the operators.
+    def describe(self, facts: Facts, small: Model, counts: dict[str, int]) -> str | None:
+        """Text, operators, what the layout asks for and the README; the version of ONNX Runtime that named the
+        operators. ``counts``: of files of weights, by graph.
         """
-        config = self.text(count)
+        config = self.text(counts)
         defaults = read_generation(self.source.folder, self.source.raw_config)
         if self.options.layout == "genai":
             for name, data in genai.files(self.folder, facts, small, config, defaults):
                 (self.folder / name).write_bytes(data)
-        graphs = [path for path in (self.folder / self.options.graph, self.folder / ple.GRAPH) if path.exists()]
+        graphs = [path for path in (*(self.folder / name for name in counts), self.folder / ple.GRAPH) if path.exists()]
         needed, version = operators.required(graphs)
         put(self.folder / operators.FILE, needed.encode())
         files = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
@@ -199,7 +248,7 @@ class Writing:
         put(self.folder / "README.md", text.encode())
         return version
 
-    def text(self, count: int) -> dict[str, Any]:
+    def text(self, counts: dict[str, int]) -> dict[str, Any]:
         """The slice's config, tokenizer and defaults as they were, and the tokenizer in the form that edge maps; the
         config.
         """
@@ -208,7 +257,8 @@ class Writing:
             assert family.sliced_config is not None
             config = family.sliced_config(config, self.source.model, self.part)
         if self.options.layout == "web":
-            config = web.config(config, self.options.precision, {self.options.graph.rpartition("/")[2]: count})
+            files = {name.rpartition("/")[2]: count for name, count in counts.items()}
+            config = web.config(config, self.options.precision, files, apart=self.options.apart)
         put(self.folder / "config.json", json.dumps(config, indent=2).encode())
         for name, limit in COMPANIONS.items():
             if (self.source.folder / name).exists():

@@ -87,6 +87,11 @@ def pieces(source: Source, part: Slice, spec: TableSpec) -> Iterator[npt.NDArray
         yield out
 
 
+def put_table(model: onnx.ModelProto, path: Path, spec: TableSpec) -> None:
+    """Makes a table that is written the graph's initializer of that name."""
+    model.graph.initializer.append(initializer(spec, read_header(path)[PLE_TABLE].offset))
+
+
 def write_graph(path: Path, spec: TableSpec) -> None:
     """``embedding.onnx`` beside a table that is there already."""
     tensor = read_header(path.with_name(spec.file))[PLE_TABLE]
@@ -99,8 +104,16 @@ def embedding(spec: TableSpec, offset: int) -> onnx.ModelProto:
 
     Ids outside the table use row 0. Values are those of :func:`loaders.formats.quant.dequantize_rows`, bit for bit.
     """
-    b, stored = Builder(), spec.stored[1]
-    ids = b.input("input_ids", INT64, ("batch", "tokens"))
+    b = Builder()
+    rows(b, b.input("input_ids", INT64, ("batch", "tokens")), spec)
+    model = b.model(OPSET, "embedding", "Looks up rows of per-layer embeddings.")
+    model.graph.initializer.append(initializer(spec, offset))
+    return model
+
+
+def rows(b: Builder, ids: str, spec: TableSpec) -> None:
+    """Declares and computes ``per_layer_inputs``."""
+    stored = spec.stored[1]
     inside = b.node(
         "And",
         (
@@ -116,17 +129,20 @@ def embedding(spec: TableSpec, offset: int) -> onnx.ModelProto:
     elif spec.kind != "F32":
         found = b.node("Cast", (found,), to=FLOAT)
     b.node("Identity", (found,), name=b.output("per_layer_inputs", FLOAT, ("batch", "tokens", spec.layers, spec.dim)))
-    model = b.model(OPSET, "embedding", "Looks up rows of per-layer embeddings.")
-    table = TensorProto(
+
+
+def initializer(spec: TableSpec, offset: int) -> TensorProto:
+    """The initializer that is the table, in a file beside the graph."""
+    found = TensorProto(
         name=PLE_TABLE,
         data_type=TYPES.get(spec.kind, TensorProto.UINT8),
-        dims=stored,
+        dims=spec.stored[1],
         data_location=TensorProto.EXTERNAL,
     )
-    for key, value in (("location", spec.file), ("offset", str(offset)), ("length", str(spec.nbytes))):
-        table.external_data.add(key=key, value=value)
-    model.graph.initializer.append(table)
-    return model
+    location = spec.file.rpartition("/")[2]
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(spec.nbytes))):
+        found.external_data.add(key=key, value=value)
+    return found
 
 
 def piece(b: Builder, records: str, start: int, stop: int) -> str:

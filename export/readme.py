@@ -30,10 +30,12 @@ def about(facts: Facts) -> str:
     """What it is, in a paragraph."""
     slice_ = "the whole model" if facts.slice.name == "full" else f"slice {facts.slice.name}"
     head = f", head {facts.head}" if facts.head != facts.precision else ""
+    apart = facts.contract.input("inputs_embeds") is not None
+    runs = "Programs like the one below run it" if apart else "`edge run FOLDER` runs it; so do the programs below"
     return (
         f"{facts.source}, {slice_}, {facts.precision}{head}, up to {facts.context} tokens: written by edge {facts.edge}"
         f" for ONNX Runtime {facts.min_ort} or newer (profile {facts.profile}, opset {facts.opset}).\n\n"
-        "`edge run FOLDER` runs it; so do the programs below. Weights are mapped from the files beside the graph."
+        f"{runs}. Weights are mapped from the files beside the graph."
     )
 
 
@@ -51,6 +53,8 @@ def purpose(name: str) -> str:
         return known[name]
     if ".onnx_data" in name or name.endswith(".onnx.data"):
         return "weights"
+    if name.rpartition("/")[2].startswith("embed_tokens"):
+        return "token ids in, embeddings out"
     return "the decoder" if name.endswith(".onnx") else "as it came with the model"
 
 

@@ -42,6 +42,11 @@ def asked(facts: Facts) -> bool:
     return keep is not None and not keep.optional
 
 
+def apart(facts: Facts) -> bool:
+    """Whether the decoder is given embeddings that another graph looks up."""
+    return facts.contract.input("inputs_embeds") is not None
+
+
 def shapes_of(facts: Facts) -> list[tuple[int, int, int]]:
     """(heads, tokens, values) of each cache's buffers."""
     return [(cache.heads, capacity(cache, facts.context), cache.dim) for cache in facts.contract.caches]
@@ -66,7 +71,8 @@ def python(facts: Facts, prompt: Sequence[int], stops: Sequence[int]) -> str:
         f'decoder = ort.InferenceSession("{facts.graph}", options, providers=["CPUExecutionProvider"])',
     ]
     if facts.ple is not None:
-        lines.append('embedding = ort.InferenceSession("embedding.onnx", providers=["CPUExecutionProvider"])')
+        file = facts.graph.replace("decoder_model_merged", "embed_tokens") if apart(facts) else "embedding.onnx"
+        lines.append(f'embedding = ort.InferenceSession("{file}", providers=["CPUExecutionProvider"])')
     lines += [python_growing(facts) if growing else python_in_place(facts)]
     lines += [
         f"tokens = {list(prompt)}  # what tokenizer.json makes of a text",
@@ -91,12 +97,17 @@ PYTHON_INPUTS = """
     }
 """
 PYTHON_ROWS = '    inputs["per_layer_inputs"] = embedding.run(None, {"input_ids": ids})[0]\n'
+PYTHON_APART = """\
+    ids = inputs.pop("input_ids")
+    inputs["inputs_embeds"], inputs["per_layer_inputs"] = embedding.run(None, {"input_ids": ids})
+"""
 PYTHON_KEEP = f'    inputs["{KEEP}"] = np.array(1, np.int64)\n'
 
 
 def python_inputs(facts: Facts) -> str:
     """All inputs but the caches."""
-    return PYTHON_INPUTS + PYTHON_ROWS * (facts.ple is not None) + PYTHON_KEEP * asked(facts)
+    rows = PYTHON_APART if apart(facts) else PYTHON_ROWS * (facts.ple is not None)
+    return PYTHON_INPUTS + rows + PYTHON_KEEP * asked(facts)
 
 
 def python_in_place(facts: Facts) -> str:

@@ -271,8 +271,8 @@ class StandardLowering(Lowering):
         if not cut:
             return self.memo[key]
         if (*key, "cut") not in self.memo:
-            ends = (self.kept, self.b.ints(END), self.b.ints(2))
-            self.memo[(*key, "cut")] = self.b.node("Slice", (self.memo[key], *ends))
+            queries = self.last_of(self.b.node("Squeeze", (self.memo[key], self.b.ints(1))))
+            self.memo[(*key, "cut")] = self.b.node("Unsqueeze", (queries, self.b.ints(1)))
         return self.memo[(*key, "cut")]
 
     def mask_over(self, handle: Handle) -> str:

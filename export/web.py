@@ -7,12 +7,17 @@ as past. What it cannot find out is in config.json: which kind of model, and how
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
 
-from export.weights import Places
+from export import ple
+from export.lowering import Formats
+from export.onnx import TARGETS, lower_embedding
+from export.weights import Places, Stored
 from loaders.errors import Unsupported
+from loaders.formats.facts import TableSpec
 from loaders.network.spec import Model
 
 FOLDER = "onnx"
@@ -29,17 +34,34 @@ WHOLE, TEXT = "ForConditionalGeneration", "ForCausalLM"
 IDS, SHARED = ("bos_token_id", "eos_token_id", "pad_token_id"), ("tie_word_embeddings", "dtype", "torch_dtype")
 
 
-def graph_name(precision: str) -> str:
-    """The decoder's file."""
-    return f"{FOLDER}/model{SUFFIX[precision]}.onnx"
+def graph_name(precision: str, *, apart: bool = False) -> str:
+    """The decoder's file; ``apart``: it is given embeddings that another graph looks up."""
+    return f"{FOLDER}/{'decoder_model_merged' if apart else 'model'}{SUFFIX[precision]}.onnx"
 
 
-def refuse(model: Model) -> None:
-    """Raises Unsupported for models whose embeddings such a package would have to hold in a graph of their own."""
-    if model.ple is not None:
+def embedding_of(decoder: Path) -> Path:
+    """The graph that looks embeddings up for a decoder, beside it."""
+    return decoder.with_name(decoder.name.replace("decoder_model_merged", "embed_tokens"))
+
+
+def embedding(
+    model: Model, formats: Formats, table: TableSpec, profile: str, context: int, precision: str
+) -> tuple[onnx.ModelProto, list[Stored]]:
+    """input_ids -> inputs_embeds and per_layer_inputs, and the weights of the former; :func:`ple.initializer` is to be
+    added once the table is written.
+    """
+    dtype = "float16" if precision == "float16" else "float32"
+    b, found = lower_embedding(model, formats, profile=profile, context=context, dtype=dtype)
+    ple.rows(b, "input_ids", table)
+    return b.model(TARGETS[profile].opset, "embed_tokens", "Looks up embeddings and rows of per-layer ones."), found
+
+
+def refuse_table(table: TableSpec) -> None:
+    """Raises Unsupported for a table that no browser could load: it is one tensor."""
+    if table.nbytes > BYTES:
         raise Unsupported(
-            "per-layer embeddings", field="--layout web", expected="a model without",
-            hint="Export with --layout edge",
+            f"per-layer embeddings of {table.nbytes} bytes", field="--layout web", expected=f"at most {BYTES}",
+            hint="Export a pack with --precision int4, or with --layout edge",
         )  # fmt: skip
 
 
@@ -65,14 +87,24 @@ def rename(proto: onnx.ModelProto) -> None:
                 size.dim_param = BATCH
 
 
-def config(raw: Mapping[str, Any], precision: str, files: Mapping[str, int]) -> dict[str, Any]:
+def config(raw: Mapping[str, Any], precision: str, files: Mapping[str, int], *, apart: bool = False) -> dict[str, Any]:
     """config.json of the decoder alone. ``files``: how many files of weights each graph has, by its file's name."""
+    part = whole(raw) if apart else text_part(raw)
     kind = TYPE[precision]
     half = {"kv_cache_dtype": {kind: "float16"}} if precision == "float16" else {}
     return {
-        **text_part(raw),
+        **part,
         "transformers.js_config": {"dtype": kind, "use_external_data_format": dict(files), **half},
     }
+
+
+def whole(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as part of a multimodal model's: only of those the loader knows that embeddings lie apart."""
+    if isinstance(raw.get("text_config"), dict):
+        return dict(raw)
+    kind = str(raw.get("model_type", "")).removesuffix("_text")
+    ids = {key: raw[key] for key in IDS if key in raw}
+    return {**ids, "architectures": [f"{kind.capitalize()}{WHOLE}"], "model_type": kind, "text_config": dict(raw)}
 
 
 def text_part(raw: Mapping[str, Any]) -> dict[str, Any]:

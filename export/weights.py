@@ -23,8 +23,8 @@ from export.output import Output
 from loaders.errors import BadCheckpoint, Usage
 from loaders.formats.quant import BITS, BLOCK, Codes, Floats, Scales
 from loaders.formats.recipe import Recipe
-from loaders.formats.safetensors import Window
 from loaders.formats.sharded import Notify
+from loaders.formats.window import Window
 from loaders.network.matformer import Part, Slice, parts, sliced
 from loaders.ordered import THREADS, ordered
 from loaders.weights import Kept, Source, code_bands, kept, matrices, value_bands

@@ -19,7 +19,8 @@ from loaders.errors import BadCheckpoint, MissingFile, Unsupported
 from loaders.families import Family, family_of
 from loaders.formats.config import Config, read_json
 from loaders.formats.placed import FP8, FP8_BLOCK, RAW, Piece, Placed
-from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.formats.safetensors import Shards, Tensor
+from loaders.formats.window import Window
 from loaders.layout import file_name, place_of, refuse_many, spots
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, tensors

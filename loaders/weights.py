@@ -18,7 +18,8 @@ from loaders.formats.pack import Pack
 from loaders.formats.placed import bands
 from loaders.formats.quant import BITS, BLOCK, Codes, Floats, Scales, dequantize, quantize, record_bytes, windows
 from loaders.formats.recipe import Recipe, stored_as, stored_bytes
-from loaders.formats.safetensors import ITEMSIZE, Ranges, Shards, Tensor, Window
+from loaders.formats.safetensors import ITEMSIZE, Shards, Tensor
+from loaders.formats.window import Ranges, Window
 from loaders.network.matformer import Part, Slice, source_name
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, Shape, tensors

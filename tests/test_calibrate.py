@@ -27,7 +27,7 @@ from edge.session import Session
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, Unsupported, Usage, WontFit
 from loaders.formats.recipe import Recipe, recipes
-from loaders.formats.safetensors import Window
+from loaders.formats.window import Window
 from loaders.network.matformer import Slice
 from loaders.slices import resolve
 from tests.small import GEMMA3N, TEXTS, built, write

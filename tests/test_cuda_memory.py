@@ -11,7 +11,7 @@ from edge.budget.price import CUDA_SCRATCH
 from edge.engine.cuda_memory import refusals
 from edge.engine.torch_weights import ALIGNED, DTYPE, RAW_BITS, Arena, to_device
 from loaders.errors import OverBudget
-from loaders.formats.safetensors import Window
+from loaders.formats.window import Window
 from loaders.weights import Stream
 from tests.shrink import CONFIGS
 

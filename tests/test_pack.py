@@ -29,8 +29,8 @@ from loaders.formats.buffers import to_float32
 from loaders.formats.pack import BASE, PARTS, PLE, SCALE, VOCAB, WEIGHTS, Pack, contents, parts_for
 from loaders.formats.quant import BITS, dequantize, dequantize_rows, quantize, quantize_rows
 from loaders.formats.recipe import Recipe, recipes, stored_as, stored_bytes, usual_head
-from loaders.formats.safetensors import Window
 from loaders.formats.safetensors_writer import Writer
+from loaders.formats.window import Window
 from loaders.network.matformer import full
 from loaders.network.tensors import PLE_TABLE, tensors
 from loaders.packing import fingerprint, write_pack

@@ -35,7 +35,7 @@ from loaders.errors import EdgeError, MissingFile, NotPermitted, ReadFailed
 from loaders.formats import atomic
 from loaders.formats import manifest as manifests
 from loaders.formats.pack import BASE, PLE, WEIGHTS, Pack, parts_for
-from loaders.formats.safetensors import Window
+from loaders.formats.window import Window
 from loaders.packing import write_pack
 from tests import small
 from tests.faulty import CHANGES, CLEANING, CLOSE, OPEN, ROOT, Faults, Stage, command, leftovers, raising, tree

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from loaders.checkpoint import SCALE
 from loaders.formats.placed import FP8, FP8_BLOCK, RAW, Block, Piece, Placed, fp8_values
-from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.formats.safetensors import Shards, Tensor
+from loaders.formats.window import Window
 from loaders.layout import Names, Place, Spot, files, spots
 from loaders.network.spec import Attention, Experts, Gated, Layer, Model, Router
 from loaders.network.tensors import tensors

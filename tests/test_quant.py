@@ -35,7 +35,7 @@ from loaders.formats.quant import (
     record_bytes,
     windows,
 )
-from loaders.formats.safetensors import Window
+from loaders.formats.window import Window
 
 KINDS = ("int8", "int4")
 SEEDS = st.integers(0, 2**32 - 1)

@@ -20,7 +20,7 @@ from loaders.errors import BadCheckpoint, CannotCreate, MissingFile, Unsupported
 from loaders.families import gemma3n_slices
 from loaders.families.gemma3n import FAMILY
 from loaders.families.llama import FAMILY as LLAMA
-from loaders.formats.safetensors import Window
+from loaders.formats.window import Window
 from loaders.network.matformer import Slice, full, parts, sliced
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, core, tensors, total

@@ -30,7 +30,7 @@ DECISIVE = ("accuracy_level", "expert_weight_bits", "axis", "gather_axis")
 # What the library keeps for each node: its kernel, its names, where its values go.
 NODE_BYTES = 5600
 # What a pass holds besides values of its tokens: blocks that the allocator keeps, packing of activations.
-SCRATCH = 4 << 20
+SCRATCH = 3 << 20
 # Bytes per query and key while a mask of chunks is made.
 MASKS = 8
 # Slots that a window's buffer has beyond its window.
@@ -169,15 +169,18 @@ def activation_bytes(package: Package, chunk: int, context: int, kept: int = 1) 
     """
     model = package.model
     naive = kept_in(package.contract) == "float16" or ("", "Attention") in package.onnx.operators
-    streams = 3 * model.altup.streams if model.altup else 2 if len(model.layers[0].norms) < 3 else 4
-    layers = [layer for _, _, layer in model.runs]
-    inner = max(max(attention_values(layer.attention), ffn_values(model.dim, layer.ffn)) for layer in layers)
-    ple = 5 * len(model.layers) * model.ple.dim if model.ple else 0
-    chunked = any(layer.attention.chunk is not None and layer.attention.chunk < context for layer in layers)
-    masks = MASKS * chunk * context if chunked else 0
-    scores = FLOAT * chunk * context * max(layer.attention.heads for layer in layers) if naive else 0
+    streams = 2 * model.altup.streams if model.altup else 1 if len(model.layers[0].norms) < 3 else 2
+    ple = len(model.layers) * model.ple.dim if model.ple else 0
+    inner = masks = 0
+    for _, _, layer in model.runs:
+        scores = context * layer.attention.heads if naive else 0
+        attending = attention_values(layer.attention) + scores
+        inner = max(inner, attending, ffn_values(model.dim, layer.ffn))
+        if layer.attention.chunk is not None and layer.attention.chunk < context:
+            masks = MASKS * chunk * context
+    values = streams * model.dim + max(inner + 2 * ple, 5 * ple)
     logits = kept * model.vocab * FLOAT * (2 if model.softcap is None else 4)
-    return SCRATCH + FLOAT * chunk * (streams * model.dim + inner + ple) + masks + scores + logits
+    return SCRATCH + FLOAT * chunk * values + masks + logits
 
 
 def attention_values(a: AnyAttention) -> int:
@@ -192,9 +195,9 @@ def ffn_values(dim: int, f: FeedForward) -> int:
     if isinstance(f, Plain):
         return 2 * f.width
     if isinstance(f, Gated):
-        return (5 if f.sparsity else 3) * f.width
+        return 3 * f.width
     shared = dim + 3 * f.shared.width if f.shared else 0
-    return max(f.active * (dim + 2 * f.width) + 6 * f.experts, shared)
+    return max(f.active * (dim + 3 * f.width) + 2 * dim + 6 * f.experts, shared)
 
 
 def logits_bytes(package: Package, tokens: int, chunk: int) -> int:

@@ -195,6 +195,7 @@ def package_engine(folder: Path, count: int, exactly: bool) -> Iterator[Engine]:
     from edge.engine.ort_exact import open_exact
     from edge.engine.ort_pages import Pages
     from edge.engine.ort_ple import open_rows
+    from export.web import embedding_of
 
     with closing(Package.open(folder)) as package:
         if exactly:
@@ -204,7 +205,9 @@ def package_engine(folder: Path, count: int, exactly: bool) -> Iterator[Engine]:
         rows = None if package.facts.ple is None else open_rows(package, "ssd", ROWS)
         # Buffers of windows have the size they are shipped with, those of all tokens need not have.
         context = min(package.context, count + CHUNK)
-        running = OrtEngine(package, session, rows, Pages([], CHUNK), context=context, chunk=CHUNK)
+        apart = embedding_of(package.graph)
+        embedding = open_session(apart, apart) if apart != package.graph else None
+        running = OrtEngine(package, session, rows, Pages([], CHUNK), context=context, chunk=CHUNK, embedding=embedding)
         with closing(running):
             yield running
     trim()

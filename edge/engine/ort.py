@@ -16,16 +16,16 @@ from edge.budget.price_ort import capacity
 from edge.engine.ort_pages import Pages
 from edge.engine.ort_ple import Rows
 from edge.engine.ort_start import ERRORS, PROVIDERS, options, refused
-from loaders.errors import BadCheckpoint
+from loaders.errors import BadCheckpoint, Unsupported
 from loaders.formats.contract import Contract, TensorSpec
 from loaders.formats.package import Package
 from loaders.network.ops import Want
 
-IDS, MASK, POSITIONS, ROWS, KEEP = (
-    "input_ids", "attention_mask", "position_ids", "per_layer_inputs", "num_logits_to_keep",
+IDS, EMBEDS, MASK, POSITIONS, ROWS, KEEP = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "per_layer_inputs", "num_logits_to_keep",
 )  # fmt: skip
 LOGITS = "logits"
-KNOWN = {IDS, MASK, POSITIONS, ROWS, KEEP}
+KNOWN = {IDS, EMBEDS, MASK, POSITIONS, ROWS, KEEP}
 DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32}
 
 
@@ -110,11 +110,13 @@ class OrtEngine:
         *,
         context: int,
         chunk: int,
+        embedding: ort.InferenceSession | None = None,
     ) -> None:
+        self.embedding = embedding
         self.package, self.session, self.rows, self.pages = package, session, rows, pages
         self.contract, self.vocab, self.chunk = package.contract, package.model.vocab, chunk
         self.names = {spec.name for spec in self.contract.inputs}
-        check(self.contract, package)
+        check(self.contract, package, embedded=embedding is not None)
         self.every = KEEP in self.names
         self.cache = Caches(self.contract, context, session.io_binding())
         self.ones, self.places = np.ones(context, np.int64), np.arange(context, dtype=np.int64)
@@ -174,6 +176,9 @@ class OrtEngine:
             ROWS: (rows, (1, *rows.shape)),
             KEEP: (self.keep, ()),
         }
+        if self.embedding is not None:
+            (found,) = self.embedding.run([EMBEDS], {IDS: ids[None]})
+            given[EMBEDS] = found, found.shape
         for name, (array, shape) in given.items():
             if name in self.names:
                 cache.io.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
@@ -219,12 +224,19 @@ class OrtEngine:
         trim()
 
 
-def check(contract: Contract, package: Package) -> None:
-    """Raises BadCheckpoint for a graph that asks for what no run gives, or answers with something else than logits."""
+def check(contract: Contract, package: Package, *, embedded: bool) -> None:
+    """Raises BadCheckpoint for a graph that asks for what no run gives, or answers with something else than logits;
+    Unsupported for one that is given embeddings, where nobody looks them up (``embedded``).
+    """
     file = package.graph
+    if contract.input(EMBEDS) is not None and not embedded:
+        raise Unsupported(
+            "a decoder that is given embeddings", file=file, expected="one that looks them up",
+            hint="Export the model with --layout edge",
+        )  # fmt: skip
     pasts = {name for cache in contract.caches for name in cache.inputs}
     strange = [s.name for s in contract.inputs if s.name not in KNOWN | pasts and not s.optional]
-    if strange or contract.input(IDS) is None:
+    if strange or contract.input(EMBEDS if embedded else IDS) is None:
         expected = "inputs that a run has, input_ids among them"
         raise BadCheckpoint(strange[0] if strange else "no input_ids", file=file, field="inputs", expected=expected)
     if contract.input(ROWS) is not None and package.model.ple is None:

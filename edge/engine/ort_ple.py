@@ -11,7 +11,8 @@ from loaders.errors import BadCheckpoint
 from loaders.formats.buffers import to_float32
 from loaders.formats.package import Package
 from loaders.formats.quant import BITS, dequantize_rows, record_bytes
-from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.formats.safetensors import Shards, Tensor
+from loaders.formats.window import Window
 
 BAND_BYTES = 8 << 20
 

@@ -16,7 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.formats.safetensors import Shards, Tensor
+from loaders.formats.window import Window
 
 # Where the kernel takes no advice on what will be read, threads wait for rows in its place.
 READERS = 8

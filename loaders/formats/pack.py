@@ -26,7 +26,8 @@ from loaders.formats.config import Config, read_json, short
 from loaders.formats.measured import Measured, parse
 from loaders.formats.quant import BITS, block_count, code_bytes, record_bytes
 from loaders.formats.recipe import Recipe, recipes, stored_as, stored_bytes
-from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.formats.safetensors import Shards, Tensor
+from loaders.formats.window import Window
 from loaders.network.spec import Model
 from loaders.network.tensors import PLE_TABLE, flat, tensors
 

@@ -321,7 +321,8 @@ def open_table(folder: Path, spec: TableSpec | None) -> Shards | None:
     """The per-layer-embedding table, of the type and shape it is said to have. Raises BadCheckpoint."""
     if spec is None:
         return None
-    shards = Shards.open(folder)
+    # In the layout for the web it is a file of weights among others, under their kind of name.
+    shards = Shards.of(folder / spec.file) if "/" in spec.file else Shards.open(folder)
     there = {name: (t.shard, t.dtype, t.shape) for name, t in shards.tensors.items()}
     if there != {PLE_TABLE: (os.path.join(folder, spec.file), *spec.stored)}:
         shards.close()

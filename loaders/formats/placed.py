@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.formats.buffers import to_float32
-from loaders.formats.safetensors import Shards, Tensor, Window
+from loaders.formats.safetensors import Shards, Tensor
+from loaders.formats.window import Window
 
 FP8, FP8_BLOCK = "F8_E4M3", 128
 RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, FP8: np.uint8}

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.errors import BadCheckpoint, Unsupported, Usage
-from loaders.formats.safetensors import Ranges, Window
+from loaders.formats.window import Ranges, Window
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -21,8 +21,7 @@ import numpy.typing as npt
 from loaders.errors import BadCheckpoint, MissingFile, NotPermitted, ReadFailed, Unsupported, Usage
 from loaders.formats.buffers import as_bytes
 from loaders.formats.config import MIB, known_other, open_regular, parse_json, read_json, short, show
-
-Ranges: TypeAlias = tuple[tuple[int, int], ...]
+from loaders.formats.window import Window
 
 ITEMSIZE: dict[str, int] = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1},
@@ -171,45 +170,6 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _scan(os.fspath(path))[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Half-open ranges in elements: rows on axis 0, cols on the other axes flattened (None: there are none)."""
-
-    rows: Ranges
-    cols: Ranges | None
-
-    @classmethod
-    def of(cls, rows: Iterable[tuple[int, int]], cols: Iterable[tuple[int, int]] | None = None) -> Window:
-        """With empty ranges dropped and touching neighbours merged; the order is kept."""
-        return cls(_merged(rows), None if cols is None else _merged(cols))
-
-    @classmethod
-    def full(cls, shape: Sequence[int]) -> Window:
-        """All of a tensor; beyond two dimensions as [shape[0], product of the rest]."""
-        rows = ((0, shape[0] if shape else 1),)
-        return cls(rows, ((0, math.prod(shape[1:])),) if len(shape) > 1 else None)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[rows] or [rows, columns]."""
-        return tuple(sum(b - a for a, b in ranges) for ranges in (self.rows, self.cols) if ranges is not None)
-
-    @property
-    def count(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-
-def _merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    out: list[tuple[int, int]] = []
-    for a, b in ranges:
-        if out and out[-1][1] == a and a <= b:
-            out[-1] = (out[-1][0], b)
-        elif a != b:
-            out.append((a, b))
-    return tuple(out)
-
-
 @dataclass(slots=True)
 class _Open:
     fd: int
@@ -280,6 +240,13 @@ class Shards:
         if claimed not in (None, shards.total_bytes):
             shards.notes += (f"{INDEX} says total_size {show(claimed)}, the shards hold {shards.total_bytes}",)
         return shards
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Shards:
+        """One file alone, whatever it is called. Raises BadCheckpoint, MissingFile, NotPermitted, ReadFailed."""
+        file = os.fspath(path)
+        tensors, identity = _scan(file)
+        return cls(os.path.dirname(file), tensors, {file: identity})
 
     def close(self) -> None:
         """Closes every descriptor, those of running reads when they end. Later reads raise Usage."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from loaders.errors import Usage
-from loaders.formats.safetensors import Window
+from loaders.formats.window import Window
 from loaders.network.spec import Attention, Model
 from loaders.network.tensors import PLE_TABLE, Shape, flat, tensors
 
