@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.exports import table
 from edge.budget.plan import TIERS, Floor, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.layers import CACHES, cache_kind
@@ -284,6 +285,11 @@ def gpu_budgets(found: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, "", f"{seen} Peaks are the whole device's, read from outside the run every few milliseconds."]
 
 
+def exports() -> str:
+    """Every family as a package, from benchmarks/exports.py."""
+    return table(lines_of("exports"))
+
+
 def usage() -> str:
     """The help of the main command."""
     command = [sys.executable, "-m", "edge", "run", "--help"]
@@ -306,6 +312,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-budgets": demo_budgets,
     "cpu": cpu,
     "gpu": gpu,
+    "exports": exports,
 }
 
 

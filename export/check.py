@@ -110,8 +110,8 @@ def reference(steps: Steps, course: Course, notify: Notify = lambda *_: None) ->
     """What is right: logits float32 [n, vocab] by the way in which :func:`observe` comes by them."""
     tick = Ticks(notify, len(course.ids) + course.short)
     short = tick.after(course.short, steps.logits(course.ids[: course.short]))
-    chunked, decode = through(steps, course, tick)
-    return {"prefill": chunked[-1:], "chunked": chunked, "decode": decode, "every": short, "stepwise": short}
+    found = through(steps, course, tick)
+    return {"prefill": found["chunked"][-1:], **found, "every": short, "stepwise": short}
 
 
 def observe(steps: Steps, course: Course, notify: Notify = lambda *_: None) -> dict[str, Floats]:
@@ -125,17 +125,19 @@ def observe(steps: Steps, course: Course, notify: Notify = lambda *_: None) -> d
     stepwise = one_by_one(steps, short, tick)
     steps.reset()
     prefill = whole(steps, course.ids[: course.prompt], tick)
-    chunked, decode = through(steps, course, tick)
-    return {"prefill": prefill, "chunked": chunked, "decode": decode, "every": every, "stepwise": stepwise}
+    return {"prefill": prefill, **through(steps, course, tick), "every": every, "stepwise": stepwise}
 
 
-def through(steps: Steps, course: Course, tick: Ticks) -> tuple[Floats, Floats]:
-    """The course from its beginning: logits at the end of every chunk of the prompt, and of every token after it."""
+def through(steps: Steps, course: Course, tick: Ticks) -> dict[str, Floats]:
+    """The course from its beginning: logits at the end of every chunk of the prompt, and of every token after it. A
+    course of one token has none after it.
+    """
     steps.reset()
-    chunked = np.concatenate([whole(steps, piece, tick) for piece in course.pieces])
-    decode = one_by_one(steps, course.ids[course.prompt :], tick)
+    found = {"chunked": np.concatenate([whole(steps, piece, tick) for piece in course.pieces])}
+    if course.prompt < len(course.ids):
+        found["decode"] = one_by_one(steps, course.ids[course.prompt :], tick)
     steps.reset()
-    return chunked, decode
+    return found
 
 
 def whole(steps: Steps, ids: Ids, tick: Ticks) -> Floats:
@@ -177,15 +179,19 @@ def differences(right: dict[str, Floats], found: dict[str, Floats]) -> dict[str,
 
 
 def typical(right: dict[str, Floats], found: dict[str, Floats]) -> dict[str, float]:
-    """As :func:`differences`, of half of a way's positions at most; not of ways with a handful of positions."""
+    """As :func:`differences`, of half of a way's positions at most; not of ways with a handful of positions, unless no
+    way has more.
+    """
     most = max(float(np.abs(x).max()) for x in right.values())
-    ways = [way for way, expected in right.items() if len(expected) >= MANY]
+    enough = min(MANY, max(len(x) for x in right.values()))
+    ways = [way for way, expected in right.items() if len(expected) >= enough]
     return {way: float(np.median(np.abs(found[way] - right[way]).max(axis=1))) / most for way in ways}
 
 
 def agreement(right: dict[str, Floats], found: dict[str, Floats]) -> dict[str, float]:
     """Mean Kullback-Leibler divergence in nats, and how often the likeliest token is the same."""
-    a, b = (np.concatenate([x[way] for way in ("chunked", "decode", "every")]) for x in (right, found))
+    ways = [way for way in ("chunked", "decode", "every") if way in right]
+    a, b = (np.concatenate([x[way] for way in ways]) for x in (right, found))
     p, q = log_softmax(a), log_softmax(b)
     divergence = float(np.mean(np.sum(np.exp(p) * (p - q), axis=1)))
     return {"kl": max(0.0, divergence), "top1": float(np.mean(a.argmax(axis=1) == b.argmax(axis=1)))}

@@ -179,7 +179,8 @@ class OrtLowering(Lowering):
         window = None if window is None or window >= self.choices.context else window
         chunk = None if chunk is None or chunk >= self.choices.context else chunk
         if int(dim) % WHOLE:
-            raise Unsupported(f"heads of {dim} values", field="attention", expected=f"a multiple of {WHOLE}")
+            expected, hint = f"a multiple of {WHOLE}", "Export with --profile standard"
+            raise Unsupported(f"heads of {dim} values", field="attention", expected=expected, hint=hint)
         kept = window if self.windowed(node, window) else None
         self.cache(node, int(heads), int(dim), int(dim), "full" if kept is None else "window", kept)
         width = int(heads) * int(dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,6 +191,23 @@ def test_a_course_goes_past_every_window_that_ends_within_it(name: str, context:
     assert all(s < len(found.ids) for s in found.spans)
     assert all(s >= context for s in spans - {*found.spans, *found.beyond} if s is not None)
     assert len(found.ids) == min(context, max(USUAL, max(found.spans, default=0) + PAST))
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCE))
+@pytest.mark.parametrize("context", [1, 2, 3])
+def test_a_context_of_hardly_a_token_has_a_course_too(context: int, precision: str) -> None:
+    def report(package: Toy) -> dict[str, Any]:
+        return check(
+            course(MODEL, context), precision, lambda: nullcontext(Toy()), lambda: nullcontext(package), lambda _: None
+        )
+
+    found = report(Toy())
+    assert (found["tokens"], found["decoded"]) == (context, context // 2)
+    assert found["difference"].keys() & {"every", "stepwise"} == {"every", "stepwise"}
+    assert ("decode" in found["difference"]) == (context > 1 and precision != "float16")
+    assert found["largest"] == 0.0
+    with pytest.raises(ParityFailed):
+        report(Toy(wrong=lambda before, t: 5.0))
 
 
 def test_a_long_chunk_of_attention_is_too_far_and_said_so() -> None:

@@ -10,6 +10,8 @@ from loaders.network.spec import Attention, Experts, FeedForward, Gated, LatentA
 Shape = tuple[int, ...]
 
 PLE_TABLE = "ple.table"
+# Where a model remembers its table.
+TABLE = "_tensors"
 
 
 def tensors(model: Model) -> dict[str, Shape]:
@@ -17,6 +19,13 @@ def tensors(model: Model) -> dict[str, Shape]:
 
     A tied head is not listed: :func:`head` names the tensor that serves as head.
     """
+    # Asked for once a tensor by whoever loads one; the table of a large model takes milliseconds.
+    if TABLE not in model.__dict__:
+        model.__dict__[TABLE] = _tensors(model)
+    return dict(model.__dict__[TABLE])
+
+
+def _tensors(model: Model) -> dict[str, Shape]:
     table: dict[str, Shape] = {"embed": (model.vocab, model.dim), **_norm(model, "norm")}
     if not model.tied:
         table["head"] = (model.vocab, model.dim)
