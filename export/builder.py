@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.weights import Stored
+from export.weights import Band, Stored
 
 MICROSOFT = "com.microsoft"
 IR_VERSION = 10
@@ -66,10 +66,12 @@ class Builder:
         """An int64 vector: shapes, axes, ends of slices."""
         return self.constant(values, np.int64)
 
-    def weight(self, name: str, dtype: int, shape: Sequence[int], form: str, *sources: str) -> str:
+    def weight(
+        self, name: str, dtype: int, shape: Sequence[int], form: str, *sources: str, band: Band | None = None
+    ) -> str:
         """An initializer whose bytes are written later; ``name`` is the same for the same form of the same tensors."""
         if name not in self.weights:
-            self.weights[name] = Stored(name, dtype, tuple(shape), form, sources)
+            self.weights[name] = Stored(name, dtype, tuple(shape), form, sources, band)
         return name
 
     def input(self, name: str, dtype: int, shape: Shape) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from loaders.errors import ParityFailed
+from loaders.errors import BadCheckpoint, ParityFailed
 from loaders.formats.quant import BITS
 from loaders.formats.sharded import Notify
 from loaders.network.spec import Model
@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 # multiplies dequantized weights by the activations as they are; what its fast kernels add to that is measured. Of
 # float16 half of all positions: a value just above a threshold may fall below it, and a token goes to another expert.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, **dict.fromkeys(BITS, 1e-3)}
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 # Tokens of the whole course, at most; those past a window's end, more than the slack of the buffer that holds it; those
 # without a window to pass.
 MOST, PAST, USUAL = 1100, 24, 64
@@ -167,10 +167,14 @@ class Ticks:
         return np.array(out, np.float32)  # an engine may answer in a buffer of its own
 
 
+def scale(right: dict[str, Floats]) -> float:
+    """The largest logit of all; where all are zero the smallest number: nothing else is like them."""
+    return max(LEAST, *(float(np.abs(x).max()) for x in right.values()))
+
+
 def differences(right: dict[str, Floats], found: dict[str, Floats]) -> dict[str, float]:
     """The largest difference of each way, as a share of the largest logit of all; infinite for what is no number."""
-    most = max(float(np.abs(x).max()) for x in right.values())
-    largest = {}
+    most, largest = scale(right), {}
     for way, expected in right.items():
         with np.errstate(invalid="ignore", over="ignore"):
             share = float(np.abs(found[way] - expected).max()) / most if expected.shape == found[way].shape else np.inf
@@ -182,7 +186,7 @@ def typical(right: dict[str, Floats], found: dict[str, Floats]) -> dict[str, flo
     """As :func:`differences`, of half of a way's positions at most; not of ways with a handful of positions, unless no
     way has more.
     """
-    most = max(float(np.abs(x).max()) for x in right.values())
+    most = scale(right)
     enough = min(MANY, max(len(x) for x in right.values()))
     ways = [way for way, expected in right.items() if len(expected) >= enough]
     return {way: float(np.median(np.abs(found[way] - right[way]).max(axis=1))) / most for way in ways}
@@ -212,7 +216,8 @@ def check(
     exact: Callable[[bool], None],
     notify: Notify = lambda *_: None,
 ) -> dict[str, Any]:
-    """The report of a package that passes, plain data for its manifest. Raises ParityFailed for one that does not.
+    """The report of a package that passes, plain data for its manifest. Raises ParityFailed for one that does not,
+    BadCheckpoint for a model that computes no numbers itself.
 
     ``exact(True)`` makes the package compute with activations as they are, ``exact(False)`` makes it again what is to
     be shipped; only called for quantized ones. Of the two models only one is open at a time.
@@ -220,6 +225,7 @@ def check(
     tolerance = TOLERANCE[precision]
     with open_reference() as steps:
         right = reference(steps, course, notify)
+    refuse_model(right)
     quantized = precision in BITS
     if quantized:
         exact(True)
@@ -244,6 +250,18 @@ def check(
     shipped = differences(right, found)
     refuse(shipped, LARGEST)
     return {**report, "shipped": {"largest": max(shipped.values()), **agreement(right, found)}}
+
+
+def refuse_model(right: dict[str, Floats]) -> None:
+    """Raises BadCheckpoint for a model that gives no answers a package could be compared with."""
+    way = next((way for way, logits in right.items() if not np.isfinite(logits).all()), None)
+    if way is not None:
+        raise BadCheckpoint(
+            "the model's own logits are not finite",
+            field=f"check, {way}",
+            expected="numbers",
+            hint="Weights are damaged, or too large for float32. --no-check writes them down all the same",
+        )
 
 
 def refuse(largest: dict[str, float], tolerance: float) -> None:

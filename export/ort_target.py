@@ -15,6 +15,7 @@ from export.builder import FLOAT, FLOAT16, INT32, MICROSOFT
 from export.lowering import LOWEST, Choices, Lowering, View
 from export.rewrite import uncut
 from export.shared_attention import shared_attention
+from export.weights import Band
 from loaders.errors import Unsupported
 from loaders.formats.contract import CacheSpec
 from loaders.formats.quant import BITS, BLOCK, block_count
@@ -26,6 +27,14 @@ LEAST = 1e-30
 UINT8 = 2
 # GroupQueryAttention takes heads of a multiple of so many values.
 WHOLE = 8
+# A kernel packs a matrix while it still holds it: larger ones are multiplied by bands of whole groups of rows.
+MOST, EVEN = 64 << 20, 64
+
+
+def band_rows(rows: int, row: int) -> int:
+    """Rows of a band: all, or equal shares of at most MOST bytes each, ``row`` bytes a row."""
+    count = -(-rows * row // MOST)
+    return -(-rows // (count * EVEN)) * EVEN
 
 
 def padded(size: int) -> int:
@@ -91,10 +100,20 @@ class OrtLowering(Lowering):
         self.bind(node, out, ("t", rows))
 
     def quantized_product(self, x: str, name: str, rows: int, cols: int, stored: str) -> str:
-        """x float32 [n, in] times blocks of int8 or int4."""
+        """x float32 [n, in] times blocks of int8 or int4, by bands of rows where there are many."""
+        step = band_rows(rows, block_count(cols) * BLOCK * BITS[stored] // 8)
+        if step >= rows:
+            return self.band_product(x, name, rows, cols, stored, None)
+        bands = [Band(first, min(first + step, rows), rows) for first in range(0, rows, step)]
+        return self.b.node("Concat", [self.band_product(x, name, rows, cols, stored, band) for band in bands], axis=1)
+
+    def band_product(self, x: str, name: str, rows: int, cols: int, stored: str, band: Band | None) -> str:
+        """x times some rows of a matrix, or all."""
         bits, blocks = BITS[stored], block_count(cols)
-        codes = self.b.weight(f"{name}.codes", UINT8, (rows, blocks, BLOCK * bits // 8), "codes", name)
-        scales = self.b.weight(f"{name}.scales", FLOAT, (rows, blocks), "scales", name)
+        label = name if band is None else f"{name}.{band.first}"
+        rows = rows if band is None else band.stop - band.first
+        codes = self.b.weight(f"{label}.codes", UINT8, (rows, blocks, BLOCK * bits // 8), "codes", name, band=band)
+        scales = self.b.weight(f"{label}.scales", FLOAT, (rows, blocks), "scales", name, band=band)
         attrs = {"K": cols, "N": rows, "bits": bits, "block_size": BLOCK}
         attrs["accuracy_level"] = self.choices.accuracy_level
         return self.b.node("MatMulNBits", (x, codes, scales), domain=MICROSOFT, **attrs)

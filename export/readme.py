@@ -17,6 +17,7 @@ def readme(title: str, facts: Facts, files: Sequence[str], prompt: Sequence[int]
         "## Files\n\n" + "\n".join(f"* `{name}`: {purpose(name)}" for name in sorted({*files, "README.md"})),
         "## Inputs and outputs\n\n" + tables(facts.contract),
         "## Keys and values\n\n" + caching(facts),
+        "## Several sequences at once\n\n" + batching(facts),
         "## Python\n\n" + fenced("python", python(facts, prompt, stops)),
     ]
     if all(cache.kind != "growing" for cache in facts.contract.caches):
@@ -106,6 +107,18 @@ def caching(facts: Facts) -> str:
         "growing": "What comes out as present goes in as past with the next tokens; the first past has a length of 0.",
     }
     return "\n".join(text for kind, text in said.items() if kind in found)
+
+
+def batching(facts: Facts) -> str:
+    """How a batch is made: what GroupQueryAttention takes, or the masks of the standard profile."""
+    filled = "with tokens for which `attention_mask` is 0; `position_ids` count from 0 at a sequence's own first token."
+    if facts.profile == "standard":
+        return f"Shorter sequences of a batch are filled up in front, {filled}"
+    passes = "Of more than one sequence the prompt goes in as a whole, and then one token of each at a time."
+    if any(cache.kind == "window" for cache in facts.contract.caches):
+        return f"Sequences of a batch have the same length. {passes}"
+    wrong = "In front, where some programs put them, they would be taken for text."
+    return f"Shorter sequences of a batch are filled up behind, {filled} {wrong} {passes}"
 
 
 def fenced(language: str, code: str) -> str:

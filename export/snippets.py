@@ -75,7 +75,7 @@ def python(facts: Facts, prompt: Sequence[int], stops: Sequence[int]) -> str:
         lines.append(f'embedding = ort.InferenceSession("{file}", providers=["CPUExecutionProvider"])')
     lines += [python_growing(facts) if growing else python_in_place(facts)]
     lines += [
-        f"tokens = {list(prompt)}  # what tokenizer.json makes of a text",
+        f"tokens = {list(prompt)}  # ids to begin with",
         "logits = step(tokens, 0)",
         "for _ in range(20):",
         "    tokens.append(int(logits.argmax()))",

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnx
@@ -37,13 +37,21 @@ STEP, WIDE_STEP, WIDE = 64, 64 << 10, 1 << 20
 BAND, TALL = 1 << 20, 1 << 21
 
 
+class Band(NamedTuple):
+    """Rows ``first`` to ``stop`` of a form that has ``of`` rows."""
+
+    first: int
+    stop: int
+    of: int
+
+
 @dataclass(frozen=True)
 class Stored:
     """One initializer and how its bytes are made.
 
     ``dtype``: of onnx.TensorProto. ``shape``: what the graph declares. ``form``: a key of :data:`FORMS`. ``sources``:
-    canonical names of tensors of the sliced model. What agrees in dtype, form and sources is stored once, whatever the
-    shapes.
+    canonical names of tensors of the sliced model. ``band``: the rows of it that this one is, None for all. What
+    agrees in dtype, form and sources is stored once, whatever the shapes and bands.
     """
 
     name: str
@@ -51,6 +59,7 @@ class Stored:
     shape: tuple[int, ...]
     form: str
     sources: tuple[str, ...]
+    band: Band | None = None
 
     @property
     def key(self) -> Key:
@@ -77,7 +86,11 @@ class Places:
 
     def of(self, stored: Stored) -> Place:
         """Where one lies."""
-        return self.places[stored.key]
+        place, band = self.places[stored.key], stored.band
+        if band is None:
+            return place
+        row = place.length // band.of
+        return Place(place.file, place.offset + band.first * row, (band.stop - band.first) * row)
 
     @property
     def total(self) -> int:
@@ -121,7 +134,7 @@ def tensors_of(source: Source, part: Slice) -> dict[str, Kept]:
 
 
 def checked(stored: Stored, found: Mapping[str, Kept], recipe: Recipe) -> int:
-    """Bytes of an initializer, once it is one that can be made."""
+    """Bytes of what an initializer is, or is a band of, once it is one that can be made."""
     form = FORMS.get(stored.form)
     if form is None or len(stored.sources) != form.sources or any(name not in found for name in stored.sources):
         raise refused(stored, f"{stored.form} of {', '.join(stored.sources)}", "a form and the tensors it is made of")
@@ -135,8 +148,12 @@ def checked(stored: Stored, found: Mapping[str, Kept], recipe: Recipe) -> int:
         raise refused(stored, f"type {stored.dtype}", f"one of {types(form.base, kind)}")
     rows, cols = matrix(first.shape)
     nbytes = form_bytes(form.base, stored.dtype, kind, rows * form.sources, cols)
-    if declared(stored) != nbytes:
-        raise refused(stored, f"shape {list(stored.shape)}", f"one of {nbytes} bytes")
+    band = stored.band or Band(0, rows * form.sources, rows * form.sources)
+    if band.of != rows * form.sources or not 0 <= band.first < band.stop <= band.of or (stored.band and form.turned):
+        raise refused(stored, f"rows {list(band)}", f"some of {rows * form.sources}, of a form in rows")
+    held = nbytes // band.of * (band.stop - band.first)
+    if declared(stored) != held:
+        raise refused(stored, f"shape {list(stored.shape)}", f"one of {held} bytes")
     return nbytes
 
 

@@ -233,7 +233,7 @@ def test_nonsense_is_not_remembered(fresh_cache: Path, text: str) -> None:
 def test_an_engine_that_does_not_start_is_refused_as_a_run_refuses_it(
     cli: Cli, gemma3n: Path, fresh_cache: Path, children: list[list[str]]
 ) -> None:
-    for flags, code in ((("--engine", "ort"), 78), (("--device", "tpu"), 2)):
+    for flags, code in ((("--engine", "native"), 78), (("--device", "tpu"), 2)):
         planned = refused(cli("plan", gemma3n, *ENOUGH, *flags), code, flags[0])
         assert planned == refused(cli(*short_run(gemma3n), *flags), code)
     assert len(children) == 2

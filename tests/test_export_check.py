@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from export.check import MOST, PAST, TOLERANCE, USUAL, Course, agreement, check, course, differences
-from loaders.errors import ParityFailed
+from loaders.errors import BadCheckpoint, ParityFailed
 from loaders.families import family_of
 from loaders.formats.config import Config
 from loaders.network.spec import Attention, Model
@@ -208,6 +208,33 @@ def test_a_context_of_hardly_a_token_has_a_course_too(context: int, precision: s
     assert found["largest"] == 0.0
     with pytest.raises(ParityFailed):
         report(Toy(wrong=lambda before, t: 5.0))
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCE))
+def test_a_model_whose_logits_are_all_zero_is_like_itself_alone(precision: str) -> None:
+    def report(package: Toy) -> dict[str, Any]:
+        silent = Toy()
+        silent.table[:] = 0
+        return check(
+            course(MODEL, 64), precision, lambda: nullcontext(silent), lambda: nullcontext(package), lambda _: None
+        )
+
+    same = Toy()
+    same.table[:] = 0
+    assert report(same)["largest"] == 0.0
+    with pytest.raises(ParityFailed):
+        report(Toy(noise=1e-3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_a_model_that_computes_no_numbers_is_the_models_fault(value: float, precision: str) -> None:
+    def broken() -> Any:
+        return nullcontext(Toy(wrong=lambda before, t: value if before == 50 else 0.0))
+
+    with pytest.raises(BadCheckpoint, match=r"check, decode: .*not finite") as error:
+        check(course(MODEL, 64), precision, broken, broken, lambda _: None)
+    assert error.value.exit_code == 65
 
 
 def test_a_long_chunk_of_attention_is_too_far_and_said_so() -> None:

@@ -158,6 +158,28 @@ def test_the_python_program_of_the_readme_is_greedy_as_edge_is(made: Make, model
     assert len(tokens) == len(prompt) + 20
 
 
+@pytest.mark.parametrize(
+    ("model", "flags", "said"),
+    [
+        ("gemma3n", ("--precision", "float32"), "have the same length"),
+        ("llama", ("--precision", "float32"), "filled up behind"),
+        ("gemma3n", ("--precision", "float32", "--profile", "standard", "--no-check"), "filled up in front"),
+    ],
+)
+def test_the_readme_says_how_a_batch_is_made(made: Make, model: str, flags: tuple[str, ...], said: str) -> None:
+    text = (made(model, *flags) / "README.md").read_text()
+    found = re.search(r"## Several sequences at once\n\n(.*?)\n\n##", text, re.S)
+    assert found is not None
+    assert said in found[1]
+
+
+def test_a_context_of_one_token_is_checked_too(tmp_path: Path) -> None:
+    code, out, err = silent("export", built("llama"), "-o", tmp_path / "p", "-c", 1, "--precision", "float32")
+    assert (code, out) == (0, ""), err
+    parity = manifest(tmp_path / "p")["parity"]
+    assert (parity["tokens"], parity["decoded"]) == (1, 0)
+
+
 def test_the_other_programs_use_the_names_that_are_there(made: Make) -> None:
     for model in ("gemma3n", "llama"):
         folder = made(model, "--precision", "float32")

@@ -18,6 +18,7 @@ import onnx
 import pytest
 
 import edge
+from export import ort_target
 from export.operators import nodes
 from loaders.checkpoint import Checkpoint
 from loaders.errors import Unsupported
@@ -237,6 +238,22 @@ def test_quantized_slices(wanted: Asked, tmp_path: Path) -> None:
     with closing(Pack.open(right.folder)) as pack:
         part, ask = "half+skip-first-shared", lambda engine: engine.logits(right.ids)
         found = two_levels(pack, tmp_path / "package", "ort", "int4", ask, part)
+    assert_close(found["exact"], right.logits, 1e-3)
+
+
+def test_large_matrices_are_multiplied_in_bands(wanted: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which lie in the file as they did: a table that shares its bytes with a head is still stored once."""
+    right = wanted("gemma-3n-E2B", "int4")
+    with closing(Pack.open(right.folder)) as pack:
+        export(pack, tmp_path / "whole", precision="int4")
+        monkeypatch.setattr(ort_target, "MOST", 3000)
+        found = two_levels(pack, tmp_path / "bands", "ort", "int4", lambda engine: engine.logits(right.ids))
+    products = list(nodes(onnx.load(tmp_path / "bands" / "model.onnx", load_external_data=False).graph))
+    heads = [n for n in products if n.op_type == "MatMulNBits" and n.input[1].startswith("embed.")]
+    assert len(heads) > 2
+    assert {n.op_type for n in products if n.input and n.input[0] == heads[0].output[0]} == {"Concat"}
+    data = [(tmp_path / name / "model.onnx.data").stat().st_size for name in ("whole", "bands")]
+    assert data[0] == data[1]
     assert_close(found["exact"], right.logits, 1e-3)
 
 

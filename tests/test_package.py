@@ -340,6 +340,7 @@ HOSTILE: list[tuple[Change, str]] = [
     (drop("context"), "context"),
     (put("context", value=0), "context"),
     (put("context", value=2**40), "context"),
+    (put("context", value=2**30), "context"),
     (put("context", value=True), "context"),
     (put("opset", value=20), "opset"),
     (put("profile", value="standard"), "com.microsoft"),

@@ -16,6 +16,7 @@ from loaders.formats.contract import CacheSpec, Contract
 from loaders.formats.onnx_file import ATTRIBUTE, GRAPH, MODEL, NODE, External
 from loaders.formats.package import Package
 from loaders.formats.protobuf import Span, Wire
+from loaders.formats.quant import BLOCK
 from loaders.network.spec import AnyAttention, Experts, FeedForward, Gated, LatentAttention, Plain
 
 FLOAT, FLOATS = 4, {"float32": 4, "float16": 2}
@@ -23,16 +24,18 @@ FLOAT, FLOATS = 4, {"float32": 4, "float16": 2}
 AROUND, PAGE = 64 << 10, 4 << 10
 GATHERS = ("Gather", "GatherBlockQuantized")
 PRODUCTS = ("MatMul", "Gemm")
-BLOCKS, CODES = "DequantizeLinear", {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
+DEQUANTIZE, CODES = "DequantizeLinear", {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
 # What turning such a weight round takes beside two copies of it.
 REORDER = 4 << 20
 DECISIVE = ("accuracy_level", "expert_weight_bits", "axis", "gather_axis")
-# What the library keeps for each node: its kernel, its names, where its values go.
+# What the library keeps for each node: its kernel, its names, where its values go. Each weight costs a page more.
 NODE_BYTES = 5600
 # What a pass holds besides values of its tokens: blocks that the allocator keeps, packing of activations.
 SCRATCH = 3 << 20
 # Bytes per query and key while a mask of chunks is made.
 MASKS = 8
+# The accuracy level from which on activations are rounded to 8 bits, which is packed for.
+INT8 = 4
 # Slots that a window's buffer has beyond its window.
 SPARE = 16
 
@@ -100,8 +103,11 @@ def held(weight: External, readers: list[Use]) -> Held:
         packed = packed_bytes(weight, use)
         if packed is not None:
             passing = packed if weight.dtype == "float16" else weight.length
-            if use.op == BLOCKS:
+            if use.op == DEQUANTIZE:
                 passing = 2 * weight.length + REORDER
+            elif (use.op, use.place) == ("MatMulNBits", 1):
+                # Scales are copied on their way.
+                passing += math.prod(weight.dims[:2]) * FLOAT
             return Held(weight, packed, rows=rows, passing=passing, experts=use.op == "QMoE")
     if rows and all(by_row(use) for use in readers):
         return Held(weight, rows=rows)
@@ -119,22 +125,23 @@ def by_row(use: Use) -> bool:
 
 def packed_bytes(weight: External, use: Use) -> int | None:
     """Bytes of a weight's packed form; None for what is read as it lies in the file."""
-    if use.op == "MatMulNBits" and use.place == 1:
-        bits, count = weight.dims[2] // 4, weight.length // (weight.dims[2] // 4) * 8
-        if use.attributes.get("accuracy_level", 0) >= 4:
-            # Codes; a scale and a sum of each block of 32, in float32.
-            return count * (bits + 2) // 8
-        return count // 2 if bits == 4 else None
-    if use.op == "QMoE" and use.place in (2, 5):
-        if use.attributes.get("expert_weight_bits", 4) == 8:
-            return weight.length * 10 // 8
-        return weight.length * 6 // 4 if use.attributes.get("accuracy_level", 0) >= 4 else weight.length
-    if use.op == BLOCKS and use.place == 0 and len(weight.dims) == 2 and weight.dtype in CODES:
-        # The library makes the same of it, by blocks of columns, once it has turned it round.
-        return math.prod(weight.dims) * (CODES[weight.dtype] + 2) // 8
-    if use.op in PRODUCTS and use.place == 1 and len(weight.dims) == 2:
-        return math.prod(weight.dims) * FLOAT
-    return None
+    fast = use.attributes.get("accuracy_level", 0) >= INT8
+    place, dims = (use.op, use.place), weight.dims
+    if place == ("MatMulNBits", 1) and len(dims) == 3:
+        bits = dims[2] * 8 // BLOCK
+        return in_blocks(weight.length * 8 // max(1, bits), bits) if fast else weight.length if bits == 4 else None
+    if place in (("QMoE", 2), ("QMoE", 5)):
+        bits = use.attributes.get("expert_weight_bits", 4)
+        return in_blocks(weight.length * 8 // max(1, bits), bits) if fast or bits == 8 else weight.length
+    if place == (DEQUANTIZE, 0) and len(dims) == 2 and weight.dtype in CODES:
+        # What is dequantized to be multiplied is turned round, and then as above.
+        return in_blocks(math.prod(dims), CODES[weight.dtype])
+    return math.prod(dims) * FLOAT if use.op in PRODUCTS and use.place == 1 and len(dims) == 2 else None
+
+
+def in_blocks(count: int, bits: int) -> int:
+    """Bytes of ``count`` codes, with a scale and a sum of each block in float32."""
+    return count * bits // 8 + 2 * FLOAT * count // BLOCK
 
 
 def pages(length: int) -> int:
@@ -239,7 +246,7 @@ class OrtPrices:
             "weights": self.weights_bytes(chunk),
             "ple": table,
             "kv": kv,
-            "activations": max(working, self.passing_bytes - kv - rows),
+            "activations": max(working, self.passing_bytes - kv - rows - table),
         }
 
     @property
@@ -253,6 +260,12 @@ class OrtPrices:
         return max((weight.passing for weight in self.weights), default=0)
 
     @property
+    def baked_bytes(self) -> int:
+        """The most that is there while a session finds its packed weights in a file: it packs each again to compare."""
+        largest = max((weight.passing + weight.packed for weight in self.weights), default=0)
+        return sum(weight.packed + weight.mapped for weight in self.weights) + largest
+
+    @property
     def baking_bytes(self) -> int:
         """What writing packed weights down holds: tables as a whole, and float16 matrices once more as float32."""
         held = sum(w.packed + w.mapped + (w.weight.length if w.rows else 0) for w in self.weights)
@@ -260,8 +273,8 @@ class OrtPrices:
 
     def weights_bytes(self, chunk: int) -> int:
         """All that is packed, mapped, or touched by a chunk's rows."""
-        nodes = self.package.onnx.nodes * NODE_BYTES
-        return nodes + sum(w.packed + w.mapped + touched(w, chunk) for w in self.weights)
+        kept = self.package.onnx.nodes * NODE_BYTES + len(self.weights) * PAGE
+        return kept + sum(w.packed + w.mapped + touched(w, chunk) for w in self.weights)
 
     def bytes_per_token(self) -> int:
         """Weights that one decoded token reads: all but rows it does not look up, and experts it does not meet."""

@@ -25,7 +25,7 @@ from loaders.formats.pack import Pack
 from loaders.formats.package import Package
 from loaders.network.matformer import sliced
 from loaders.network.spec import Experts, Model
-from loaders.network.tensors import PLE_TABLE, active, core, tensors, total
+from loaders.network.tensors import PLE_TABLE, active, core, total
 from loaders.slices import candidates
 
 # Tokens that the headline prices a context at.
@@ -43,7 +43,7 @@ def command(model: str | None, as_json: bool) -> None:
     """
     path = model_path(model)
     checkpoint = open_source(path, shapes=True)
-    facts, rows = summary(checkpoint), layer_rows(checkpoint.model, stored_in(checkpoint))
+    facts, rows = summary(checkpoint), layer_rows(checkpoint.model, checkpoint.stored)
     results = measured(checkpoint)
     if as_json:
         count = len(checkpoint.model.layers)
@@ -72,22 +72,10 @@ def command(model: str | None, as_json: bool) -> None:
         console.print(measured_table(results))
 
 
-def stored_in(source: Opened) -> dict[str, int]:
-    """Canonical name -> bytes in the files, of every tensor. What a package holds of several in one is shared out."""
-    table = tensors(source.model)
-    found = dict.fromkeys(table, 0) | {name: size for name, size in source.stored.items() if name in table}
-    for name in source.stored.keys() - table.keys():
-        scope = name.rpartition(".")[0] + "."
-        inside = [other for other in table if other.startswith(scope) and not source.stored.get(other)]
-        for other in inside:
-            found[other] += source.stored[name] // len(inside)
-    return found
-
-
 def summary(checkpoint: Opened) -> dict[str, Any]:
     """Counts and bytes, as data."""
     model = checkpoint.model
-    stored = stored_in(checkpoint)
+    stored = checkpoint.stored
     plain, exported = isinstance(checkpoint, Checkpoint), isinstance(checkpoint, Package)
     kv = kept_in(checkpoint.contract) if isinstance(checkpoint, Package) else "bf16"
     return {

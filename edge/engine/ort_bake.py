@@ -43,7 +43,7 @@ KIND = manifests.Kind("edge baked weights", 1, "cache", "Remove it", "Remove it"
 LEAST = 32 << 20
 # What a process that bakes takes beside the weights, and smaller initializers stay in the graph.
 PROCESS, INLINE = 96 << 20, 1024
-FACTS = ("seal", "ort", "cpu")
+FACTS = ("of", "ort", "cpu")
 
 
 def cpu() -> str:
@@ -57,7 +57,7 @@ def cpu() -> str:
 
 def facts_of(package: Package) -> dict[str, str]:
     """What baked weights depend on."""
-    return {"seal": package.seal, "ort": ort.__version__, "cpu": cpu(), "package": os.path.abspath(package.folder)}
+    return {"of": package.seal, "ort": ort.__version__, "cpu": cpu(), "package": os.path.abspath(package.folder)}
 
 
 def home() -> Path:
@@ -87,17 +87,18 @@ def ready(package: Package) -> Path | None:
     return folder / GRAPH if same else None
 
 
-def baked(package: Package, prices: OrtPrices, room: int | None, notify: Notify) -> Path | None:
+def baked(package: Package, prices: OrtPrices, planned: int, room: int | None, notify: Notify) -> Path | None:
     """The baked graph of a package, made now where that is worth it and ``room`` bytes of memory and the disk allow it.
 
-    None otherwise, and where it does not come off: nothing depends on it.
+    None otherwise, where it does not come off, and where opening it would take more than the ``planned`` bytes that are
+    left to this run: nothing depends on it.
     """
-    found = ready(package)
-    if found is not None or prices.packed_bytes < LEAST:
-        return found
-    need = PROCESS + prices.baking_bytes
-    if need > (available_memory()[0] if room is None else room):
+    spare = available_memory()[0] if room is None else room
+    if prices.packed_bytes < LEAST or prices.baked_bytes > min(spare, planned):
         return None
+    found = ready(package)
+    if found is not None or PROCESS + prices.baking_bytes > spare:
+        return found
     folder, size = folder_of(package), prices.packed_bytes + sum(weight.length for weight in package.weights_facts)
     try:
         make_folder(folder.parent)
@@ -145,7 +146,7 @@ def stale(folder: Path) -> bool:
         seal = manifests.opened(package, manifests.Kind("edge package", 1, "", "", "", ("onnx",))).get("seal")
     except (EdgeError, KeyError):
         return True
-    return (manifest.get("seal"), manifest.get("ort"), manifest.get("cpu")) != (seal, ort.__version__, cpu())
+    return (manifest.get("of"), manifest.get("ort"), manifest.get("cpu")) != (seal, ort.__version__, cpu())
 
 
 def places(graph: Path) -> dict[str, tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge.budget.memory import Ledger, trim
+from edge.budget.memory import Ledger, read_process, trim
 from edge.budget.plan import Plan
 from edge.budget.price_ort import OrtPrices
 from edge.engine.ort import OrtEngine, open_session
@@ -17,6 +17,11 @@ from edge.store.ple import Counters
 from loaders.formats.package import Package
 from loaders.formats.sharded import Notify
 
+# Tables up to this size are left where they are: to read rows again costs more than they do.
+AT_HAND = 16 << 20
+# The share of a plan that a run may take more, and still be as planned.
+TOLERANCE = 25
+
 
 def load_package(
     package: Package, plan: Plan, ledger: Ledger, notify: Notify, room: int | None
@@ -27,19 +32,22 @@ def load_package(
     """
     require(package.min_ort, package.graph)
     prices = OrtPrices(package)
-    graph = baked(package, prices, room, notify)
+    planned = plan.total_bytes + plan.total_bytes // TOLERANCE - read_process().rss
+    graph = baked(package, prices, planned, room, notify)
     tables = [weight.name for weight in prices.rows()]
-    rows = None
-    if package.facts.ple is not None:
-        ledger.take("ple", plan.bytes["ple"])
-        rows = open_rows(package, plan.ple, plan.bytes["ple"])
     ledger.take("weights", plan.bytes["weights"])
     notify("loading", 0, 1)
     regions = regions_of(package, graph, tables)
-    cool(regions)
     session = open_session(graph or package.graph, package.graph, optimized=graph is not None)
     trim()
     pages = Pages(regions, plan.chunk)
+    # Packing a head that shares a table's place has read all of it: what is not counted on may not stay.
+    cool(region for region in regions if region[2] > AT_HAND)
+    rows = None
+    if package.facts.ple is not None:
+        # Only now: what packing takes in passing has gone.
+        ledger.take("ple", plan.bytes["ple"])
+        rows = open_rows(package, plan.ple, plan.bytes["ple"])
     ledger.take("kv", plan.bytes["kv"])
     ledger.take("activations", plan.bytes["activations"])
     engine = OrtEngine(package, session, rows, pages, context=plan.context, chunk=plan.chunk)

@@ -273,6 +273,8 @@ def agree(folder: Path, manifest: dict[str, Any], model: Model) -> Facts:
     ):
         if name not in files:
             raise bad(show(name), file, at, "a file of this package")
+    if facts.context > model.context:
+        raise bad(facts.context, file, "context", f"at most {model.context}, what the model was made for")
     if not facts.graph.endswith(".onnx"):
         raise bad(show(facts.graph), file, "graph", "name.onnx")
     keep, widths = facts.slice.keep, tuple(layer.ffn.width for layer in model.layers)
