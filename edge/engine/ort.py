@@ -16,13 +16,14 @@ from edge.budget.price_ort import capacity
 from edge.engine.ort_pages import Pages
 from edge.engine.ort_ple import Rows
 from edge.engine.ort_start import ERRORS, PROVIDERS, options, refused
-from loaders.errors import BadCheckpoint, Unsupported
+from edge.store.packages import EMBEDS
+from loaders.errors import BadCheckpoint
 from loaders.formats.contract import Contract, TensorSpec
 from loaders.formats.package import Package
 from loaders.network.ops import Want
 
-IDS, EMBEDS, MASK, POSITIONS, ROWS, KEEP = (
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "per_layer_inputs", "num_logits_to_keep",
+IDS, MASK, POSITIONS, ROWS, KEEP = (
+    "input_ids", "attention_mask", "position_ids", "per_layer_inputs", "num_logits_to_keep",
 )  # fmt: skip
 LOGITS = "logits"
 KNOWN = {IDS, EMBEDS, MASK, POSITIONS, ROWS, KEEP}
@@ -186,7 +187,7 @@ class OrtEngine:
         cache.io.bind_output(LOGITS, "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
         try:
             self.session.run_with_iobinding(cache.io)
-        except (*ERRORS, MemoryError) as error:
+        except (*ERRORS, RuntimeError, MemoryError) as error:
             raise refused(error, self.package.graph) from None
         cache.end(count)
 
@@ -225,15 +226,11 @@ class OrtEngine:
 
 
 def check(contract: Contract, package: Package, *, embedded: bool) -> None:
-    """Raises BadCheckpoint for a graph that asks for what no run gives, or answers with something else than logits;
-    Unsupported for one that is given embeddings, where nobody looks them up (``embedded``).
+    """Raises BadCheckpoint for a graph that asks for what no run gives, or answers with something else than logits.
+
+    ``embedded``: somebody looks tokens up before it is run.
     """
     file = package.graph
-    if contract.input(EMBEDS) is not None and not embedded:
-        raise Unsupported(
-            "a decoder that is given embeddings", file=file, expected="one that looks them up",
-            hint="Export the model with --layout edge",
-        )  # fmt: skip
     pasts = {name for cache in contract.caches for name in cache.inputs}
     strange = [s.name for s in contract.inputs if s.name not in KNOWN | pasts and not s.optional]
     if strange or contract.input(EMBEDS if embedded else IDS) is None:

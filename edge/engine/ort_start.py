@@ -91,6 +91,7 @@ def refused(error: Exception, file: Path | None) -> EdgeError:
     """An error of the library, as edge says it: memory, a mechanism this version lacks, or a graph that cannot run."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", lines[0] if lines else type(error).__name__)
+    text = re.sub(r"^Error in execution: |Non-zero status code .*Status Message: ", "", text)
     if "Failed to allocate" in text or "bad_alloc" in text or isinstance(error, MemoryError):
         return OverBudget(text, field="memory", hint="Raise --budget or lower --context")
     kind = Unsupported if isinstance(error, state.NotImplemented) else BadCheckpoint

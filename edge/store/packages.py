@@ -7,14 +7,18 @@ from pathlib import Path
 
 from edge.store.cache import recall, remember
 from loaders.checkpoint import Checkpoint
-from loaders.errors import MissingFile, Unsupported
-from loaders.formats.manifest import is_pack
+from loaders.errors import BadCheckpoint, MissingFile, Unsupported
+from loaders.formats.manifest import NAME, is_pack
 from loaders.formats.pack import Pack
 from loaders.formats.package import Package, is_package
 from loaders.formats.sharded import Notify
 from loaders.sketch import has_weights, sketch
 
 FILE = "verified.json"
+# Where a graph takes the embeddings of tokens, not tokens.
+EMBEDS = "inputs_embeds"
+# What a checkpoint's weights, or their index, are called in the end.
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 # What can be run.
 Opened = Checkpoint | Pack | Package
 
@@ -36,12 +40,26 @@ def open_source(path: Path, *, shapes: bool = False) -> Opened:
         return Pack.open(path)
     if is_package(path):
         return Package.open(path)
+    if is_unsigned(path):
+        expected = "the manifest of an exported package"
+        raise BadCheckpoint("no such file", file=path / NAME, expected=expected, hint="Export the model again")
     try:
         return Checkpoint.open(path)
     except MissingFile as error:
         if error.file != os.fspath(path):
             raise
         raise MissingFile(error.found, file=path, expected=error.expected, hint=hint) from None
+
+
+def is_unsigned(path: Path) -> bool:
+    """Whether a folder holds a graph and nothing that a checkpoint has: a package without its manifest."""
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False
+    return any(n.endswith(".onnx") for n in names) and not any(
+        n.startswith("model") and n.endswith(WEIGHTS) for n in names
+    )
 
 
 def weighty(source: Opened) -> bool:
@@ -69,6 +87,11 @@ def engine_for(source: Opened, engine: str) -> str:
             raise Unsupported(
                 "an exported package", file=source.folder, field=f"--engine {engine}", expected="ort",
                 hint="Run the checkpoint it was exported from",
+            )  # fmt: skip
+        if source.contract.input(EMBEDS) is not None:
+            raise Unsupported(
+                "a decoder that is given embeddings", file=source.graph, expected="one that looks them up",
+                hint="Export the model with --layout edge",
             )  # fmt: skip
         return "ort"
     if engine == "ort":

@@ -25,8 +25,7 @@ def fresh_folder(output: str | Path, needed: int = 0) -> Iterator[Path]:
     error; any OSError of the block becomes one).
     """
     output = Path(output)
-    if os.path.lexists(output):
-        raise taken(output)
+    absent(output)
     parent = output.absolute().parent
     try:
         free = shutil.disk_usage(parent).free
@@ -68,6 +67,17 @@ def temporary(name: str) -> str:
     The end of the name: with all of it, one of the longest that are allowed would be too long, and packs differ there.
     """
     return f".{name[-32:]}."
+
+
+def absent(output: Path) -> None:
+    """Raises CannotCreate for a path that is in use, or that no file system would take: before the work, not after."""
+    try:
+        os.lstat(output)
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            raise CannotCreate(e.strerror, file=output, expected="a shorter name") from None
+        return
+    raise taken(output)
 
 
 def taken(output: Path) -> CannotCreate:
