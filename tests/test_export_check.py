@@ -113,6 +113,31 @@ def test_a_package_that_computes_the_same_passes() -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
+def restless(before: int, t: int) -> float:
+    """What random weights make of rounding: far into a text an answer depends on how it was read."""
+    return 0.05 * (t % 5) if before > 6 and t > 1 else 0.0
+
+
+def test_where_a_model_differs_from_itself_a_package_is_not_judged() -> None:
+    model = Toy(chunk=33, wrong=restless)
+
+    def report(package: Toy) -> dict[str, Any]:
+        return check(
+            course(MODEL, 512), "float32", lambda: nullcontext(model), lambda: nullcontext(package), lambda _: None
+        )
+
+    found = report(Toy(chunk=33, wrong=lambda before, t: 2 * restless(before, t)))
+    assert found["noise"]["chunked"] > 1e-3
+    assert "chunked" not in found["difference"]
+    assert {"every", "stepwise", "decode"} <= found["difference"].keys()
+    assert found["judged"] < 1e-6
+    assert found["largest"] > 1e-3
+    with pytest.raises(ParityFailed, match="chunked"):
+        report(Toy(chunk=33, wrong=lambda before, t: 100.0 * restless(before, t)))
+    with pytest.raises(ParityFailed, match="stepwise"):
+        report(Toy(chunk=33, wrong=lambda before, t: 0.1 if t == 1 and 0 < before < 8 else restless(before, t)))
+
+
 @pytest.mark.parametrize(
     ("fault", "way"),
     [

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from loaders.errors import CannotCreate, EdgeError, NotPermitted, ReadFailed
 
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+# Seconds after which a folder that nobody holds is one that nobody is about to hold.
+SETTLED = 2.0
 
 
 @contextmanager
@@ -21,15 +24,17 @@ def fresh_folder(output: str | Path, needed: int = 0) -> Iterator[Path]:
     """A temporary sibling that becomes ``output`` when the block ends well, and disappears when it does not.
 
     ``needed``: bytes that have to be free on its file system. Everything in the folder is synced before it gets its
-    name. Raises CannotCreate (``output`` exists, or its parent does not), NotPermitted, ReadFailed (disk full, I/O
-    error; any OSError of the block becomes one).
+    name; what a killed process left of the same output goes first. Raises CannotCreate (``output`` exists, or its
+    parent does not), NotPermitted, ReadFailed (disk full, I/O error; any OSError of the block becomes one).
     """
     output = Path(output)
     absent(output)
     parent = output.absolute().parent
     try:
+        sweep(parent, temporary(output.name))
         free = shutil.disk_usage(parent).free
         folder = Path(tempfile.mkdtemp(prefix=temporary(output.name), suffix=".tmp", dir=parent))
+        held = hold(folder)
     except PermissionError as e:
         raise NotPermitted(e.strerror, file=parent) from None
     except OSError as e:
@@ -47,8 +52,44 @@ def fresh_folder(output: str | Path, needed: int = 0) -> Iterator[Path]:
         raise ReadFailed(e.strerror or type(e).__name__, file=output) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
     with suppress(OSError):  # it is there already, and some file systems cannot sync a folder
         sync(parent)
+
+
+def hold(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed, by whoever or by the system; None where it is locked, or
+    where there are no such locks (some systems, some network file systems).
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Removes half-written folders that no process holds any more."""
+    with suppress(OSError):
+        for name in (n for n in os.listdir(parent) if n.startswith(prefix) and n.endswith(".tmp")):
+            fd = hold(parent / name)
+            if fd is None:
+                continue
+            try:
+                if time.time() - os.fstat(fd).st_ctime > SETTLED:
+                    shutil.rmtree(parent / name, ignore_errors=True)
+            finally:
+                os.close(fd)
 
 
 def refusal(error: OSError, file: str | Path) -> EdgeError:
