@@ -167,6 +167,8 @@ PINS = st.fixed_dictionaries(
     },
 )
 quick = settings(max_examples=150, deadline=None)
+# Where an example enumerates plans of a GPU several times over.
+few = settings(max_examples=60, deadline=None)
 
 
 @quick
@@ -617,7 +619,7 @@ def test_the_ram_budget_sends_the_table_to_storage() -> None:
         gpu(20 * GB, refused.value.needed - 1)
 
 
-@quick
+@few
 @given(st.integers(1, 20 * GB), st.integers(1, 8 * GB), st.integers(0, 4 * GB), st.integers(0, 4 * GB))
 def test_neither_budget_is_passed_and_more_of_either_is_never_worse(dev: int, ram: int, more: int, host: int) -> None:
     found = []
@@ -633,7 +635,7 @@ def test_neither_budget_is_passed_and_more_of_either_is_never_worse(dev: int, ra
     assert found == sorted(found)
 
 
-@quick
+@few
 @given(st.integers(1, 9 * GB), st.integers(1, 3 * GB))
 def test_doing_what_the_refusals_say_ends_with_a_plan(budget: int, ram: int) -> None:
     for _ in range(4):

@@ -250,14 +250,14 @@ def parity(found: Any) -> str:
     """The figures of a check: the largest difference, and of quantized packages what speed costs on top."""
     if found is None:
         return "not checked"
-    text = f"logits within {found['judged']:.1e} of the model's over {found['tokens']} tokens"
-    if "noise" in found:
-        text = f"logits within {found['judged']:.1e} of the model's ({', '.join(found['difference'])})"
-        text += f"; later ones do not compare: the model differs from itself by {max(found['noise'].values()):.1e}"
-    elif found["judged"] != found["largest"]:
-        text += f" in half of all places, {found['largest']:.1e} at most"
     shipped = found.get("shipped")
+    where = f"{', '.join(found['difference'])}" if "noise" in found else f"over {found['tokens']} tokens"
+    text = f"logits within {found['judged']:.1e} of the model's, {where}"
+    if "noise" in found:
+        text += f" (further on the model differs from itself, by {max(found['noise'].values()):.1e})"
+    elif found["judged"] != found["largest"]:
+        text += f", in half of all places ({found['largest']:.1e} at most)"
     if shipped is not None:
-        text += f" in exact arithmetic; as shipped {shipped['largest']:.1e}, KL {shipped['kl']:.1e}"
+        text += f", in exact arithmetic; as shipped {shipped['largest']:.1e}, KL {shipped['kl']:.1e}"
         text += f", the same first choice for {shipped['top1']:.0%}"
     return text
