@@ -99,7 +99,7 @@ def export(model: Path, folder: Path, precision: str) -> Path:
     """A package, int4 with activations as they are: near ties then fall as in the reference."""
     source = open_source(model)
     options = package.Options("0", min(PROMPT + ANSWER, source.model.context), precision, layout="genai")
-    weights = quantized(source, precision, lambda *_: None)
+    weights = quantized(source, precision, True, lambda *_: None)
 
     def exactly(_: Path, exact: Callable[[bool], None]) -> dict[str, Any]:
         exact(True)
