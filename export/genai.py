@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from loaders.errors import Unsupported
-from loaders.formats.contract import Contract
+from loaders.formats.contract import IDS, LOGITS, MASK, POSITION_IDS, ROWS, Contract
 from loaders.formats.facts import Facts
 from loaders.network.spec import Model
 from loaders.text.generation import GenerationDefaults
 
 CONFIG, TOKENIZER = "genai_config.json", "tokenizer_config.json"
-ROWS = "per_layer_inputs"
 # What it fills up with zeros to bind, or draws from, where a model says nothing: its own defaults, said aloud.
 TOP_K, TOP_P, TEMPERATURE = 50, 1.0, 1.0
 # Buffers of an arena are never given back; weights are mapped either way.
@@ -89,7 +88,7 @@ def decoder(facts: Facts, model: Model) -> dict[str, Any]:
     """The object ``model.decoder``. Sizes of layers that are unlike the first are read from the graph."""
     contract, cache = facts.contract, facts.contract.caches[0]
     attention = model.layers[0].attention
-    plain = ("input_ids", "attention_mask", "position_ids")
+    plain = (IDS, MASK, POSITION_IDS)
     found = {
         "filename": facts.graph,
         "session_options": SESSION,
@@ -104,7 +103,7 @@ def decoder(facts: Facts, model: Model) -> dict[str, Any]:
             "past_value_names": "past_key_values.%d.value",
         },
         "outputs": {
-            "logits": "logits",
+            "logits": LOGITS,
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
@@ -117,7 +116,7 @@ def pipeline(facts: Facts) -> list[dict[str, Any]]:
     from export.ple import GRAPH
 
     contract = facts.contract
-    rows = {"filename": GRAPH, "inputs": ["input_ids"], "outputs": [ROWS]}
+    rows = {"filename": GRAPH, "inputs": [IDS], "outputs": [ROWS]}
     rest = {
         "filename": facts.graph,
         "inputs": [spec.name for spec in contract.inputs],

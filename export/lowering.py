@@ -6,6 +6,7 @@ A reshape emits nothing until someone needs the shape.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,12 @@ import numpy as np
 
 from export.builder import FLOAT, FLOAT16, INT64, Builder
 from loaders.errors import Unsupported
-from loaders.formats.contract import CacheSpec
+from loaders.formats.contract import EMBEDS, IDS, KEEP, LOGITS, MASK, POSITION_IDS, ROWS, CacheSpec
 from loaders.network.graph import POSITIONS, Dims, Graph, Node
 from loaders.network.rotary import amplitude, frequencies
 from loaders.network.spec import Experts, Model, Rope, Router, Temperature
 
 Formats = Callable[[str], str]
-KEPT = "num_logits_to_keep"
 END = np.iinfo(np.int64).max
 # What is added to a sum of sigmoids before dividing by it.
 TINY = 1e-20
@@ -61,7 +61,7 @@ def embeds(node: Node) -> bool:
     return node.op == "embed" and node.inputs[1] == "ids"
 
 
-class Lowering:
+class Lowering(ABC):
     """One graph on its way. Subclasses say how a target multiplies, norms, rotates and attends."""
 
     profile: ClassVar[str]
@@ -95,17 +95,17 @@ class Lowering:
         # Whoever looks up rows of one table in a browser looks up those of the other too, in a graph of its own.
         outside = self.choices.layout == "web" and self.spec.ple is not None
         if outside:
-            self.ids = b.input("inputs_embeds", FLOAT, ("batch", "tokens", self.spec.dim))
+            self.ids = b.input(EMBEDS, FLOAT, ("batch", "tokens", self.spec.dim))
         else:
-            self.ids = b.input("input_ids", INT64, ("batch", "tokens"))
-        self.mask = b.input("attention_mask", INT64, ("batch", "total"))
-        self.positions = b.input("position_ids", INT64, ("batch", "tokens"))
+            self.ids = b.input(IDS, INT64, ("batch", "tokens"))
+        self.mask = b.input(MASK, INT64, ("batch", "total"))
+        self.positions = b.input(POSITION_IDS, INT64, ("batch", "tokens"))
         if not outside:
             self.values["ids"] = View(b.node("Reshape", (self.ids, b.ints(-1))), ("t",), ("t",))
         self.values[POSITIONS] = View(b.node("Reshape", (self.positions, b.ints(-1))), ("t",), ("t",))
         if self.spec.ple is not None:
             shape = (len(self.spec.layers), self.spec.ple.dim)
-            rows = b.input("per_layer_inputs", FLOAT, ("batch", "tokens", *shape))
+            rows = b.input(ROWS, FLOAT, ("batch", "tokens", *shape))
             flat = b.node("Reshape", (rows, b.ints(-1, *shape)))
             self.values["ple"] = View(flat, ("t", *shape), ("t", *shape))
         for node in self.graph.nodes:
@@ -118,22 +118,22 @@ class Lowering:
         b.scope = ""
         out = self.get(self.graph.output)
         # onnxruntime-genai takes a 1 here for what it is: logits of one token, however many went in.
-        b.output("logits", FLOAT, ("batch", 1 if self.choices.layout == "genai" else "kept", self.spec.vocab))
-        b.node("Reshape", (out, self.by_batch((self.spec.vocab,))), name="logits")
+        b.output(LOGITS, FLOAT, ("batch", 1 if self.choices.layout == "genai" else "kept", self.spec.vocab))
+        b.node("Reshape", (out, self.by_batch((self.spec.vocab,))), name=LOGITS)
 
     def run_embedding(self) -> None:
         """Lowers what a decoder of layout web is given: input_ids -> inputs_embeds float32 [batch, tokens, dim]."""
         b, dim = self.b, self.spec.dim
-        self.ids = b.input("input_ids", INT64, ("batch", "tokens"))
+        self.ids = b.input(IDS, INT64, ("batch", "tokens"))
         self.values["ids"] = View(b.node("Reshape", (self.ids, b.ints(-1))), ("t",), ("t",))
         node = next(node for node in self.graph.nodes if embeds(node))
         self.lower_embed(node)
-        b.output("inputs_embeds", FLOAT, ("batch", "tokens", dim))
-        b.node("Reshape", (self.get(node.output), self.by_batch((dim,))), name="inputs_embeds")
+        b.output(EMBEDS, FLOAT, ("batch", "tokens", dim))
+        b.node("Reshape", (self.get(node.output), self.by_batch((dim,))), name=EMBEDS)
 
+    @abstractmethod
     def lower_embed(self, node: Node) -> None:
         """Rows of a table."""
-        raise NotImplementedError
 
     @cached_property
     def batch(self) -> str:
@@ -143,7 +143,7 @@ class Lowering:
     @cached_property
     def kept(self) -> str:
         """Minus the number of last tokens whose logits are wanted, int64 [1]: where they start."""
-        asked = self.b.input(KEPT, INT64, ())
+        asked = self.b.input(KEEP, INT64, ())
         return self.b.node("Neg", (self.b.node("Reshape", (asked, self.b.ints(1))),))
 
     @cached_property

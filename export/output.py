@@ -11,7 +11,7 @@ from types import TracebackType
 
 from loaders.errors import ReadFailed
 from loaders.formats.atomic import refusal
-from loaders.formats.buffers import Buffer, as_bytes
+from loaders.formats.buffers import Buffer, as_bytes, write_exactly
 from loaders.formats.safetensors import read_exactly
 
 PIECE = 1 << 20
@@ -43,13 +43,7 @@ class Output:
 
     def put(self, data: Buffer, offset: int) -> None:
         """Bytes at an offset."""
-        view = as_bytes(data, writable=False)
-        try:
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
-        except OSError as e:
-            raise ReadFailed(f"write at offset {offset}: {e.strerror}", file=self.path) from None
+        write_exactly(self._fd, as_bytes(data, writable=False), offset, self.path)
 
     def put_strips(self, data: Buffer, width: int, offset: int, line: int) -> None:
         """Strips of ``width`` bytes, one of each line of ``line`` bytes; the first one at ``offset``."""

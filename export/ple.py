@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 from export.builder import FLOAT, INT32, INT64, Builder
 from loaders.checkpoint import Checkpoint
+from loaders.formats.contract import IDS, ROWS
 from loaders.formats.facts import TableSpec
 from loaders.formats.pack import Pack
 from loaders.formats.placed import bands
@@ -105,7 +106,7 @@ def embedding(spec: TableSpec, offset: int) -> onnx.ModelProto:
     Ids outside the table use row 0. Values are those of :func:`loaders.formats.quant.dequantize_rows`, bit for bit.
     """
     b = Builder()
-    rows(b, b.input("input_ids", INT64, ("batch", "tokens")), spec)
+    rows(b, b.input(IDS, INT64, ("batch", "tokens")), spec)
     model = b.model(OPSET, "embedding", "Looks up rows of per-layer embeddings.")
     model.graph.initializer.append(initializer(spec, offset))
     return model
@@ -128,7 +129,7 @@ def rows(b: Builder, ids: str, spec: TableSpec) -> None:
         found = b.node("Mul", (codes(b, piece(b, found, SCALE_BYTES, last), spec.kind), scales(b, found)))
     elif spec.kind != "F32":
         found = b.node("Cast", (found,), to=FLOAT)
-    b.node("Identity", (found,), name=b.output("per_layer_inputs", FLOAT, ("batch", "tokens", spec.layers, spec.dim)))
+    b.node("Identity", (found,), name=b.output(ROWS, FLOAT, ("batch", "tokens", spec.layers, spec.dim)))
 
 
 def initializer(spec: TableSpec, offset: int) -> TensorProto:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from export.snippets import SLACK, kotlin, python, swift
-from loaders.formats.contract import CacheSpec, Contract, TensorSpec
+from loaders.formats.contract import EMBEDS, CacheSpec, Contract, TensorSpec
 from loaders.formats.package import Facts
 
 
@@ -31,7 +31,7 @@ def about(facts: Facts) -> str:
     """What it is, in a paragraph."""
     slice_ = "the whole model" if facts.slice.name == "full" else f"slice {facts.slice.name}"
     head = f", head {facts.head}" if facts.head != facts.precision else ""
-    apart = facts.contract.input("inputs_embeds") is not None
+    apart = facts.contract.input(EMBEDS) is not None
     runs = "Programs like the one below run it" if apart else "`edge run FOLDER` runs it; so do the programs below"
     return (
         f"{facts.source}, {slice_}, {facts.precision}{head}, up to {facts.context} tokens: written by edge {facts.edge}"

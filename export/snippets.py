@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from loaders.formats.contract import CacheSpec
+from loaders.formats.contract import EMBEDS, KEEP, CacheSpec
 from loaders.formats.package import Facts
 
 # Tokens that a window's buffer has beyond the window.
 SLACK = 16
 INDENT = " " * 12
-KEEP = "num_logits_to_keep"
 NUMPY = {"float32": "np.float32", "float16": "np.float16"}
 
 
@@ -44,7 +43,7 @@ def asked(facts: Facts) -> bool:
 
 def apart(facts: Facts) -> bool:
     """Whether the decoder is given embeddings that another graph looks up."""
-    return facts.contract.input("inputs_embeds") is not None
+    return facts.contract.input(EMBEDS) is not None
 
 
 def shapes_of(facts: Facts) -> list[tuple[int, int, int]]:

@@ -17,6 +17,7 @@ from export.lowering import Formats
 from export.onnx import TARGETS, lower_embedding
 from export.weights import Places, Stored
 from loaders.errors import Unsupported
+from loaders.formats.contract import IDS
 from loaders.formats.facts import TableSpec
 from loaders.network.spec import Model
 
@@ -31,7 +32,7 @@ MOST_FILES = 100
 BATCH = "batch_size"
 WHOLE, TEXT = "ForConditionalGeneration", "ForCausalLM"
 # What a multimodal config says of its text part outside of it: ids that count before those inside, and the rest.
-IDS, SHARED = ("bos_token_id", "eos_token_id", "pad_token_id"), ("tie_word_embeddings", "dtype", "torch_dtype")
+SPECIAL, SHARED = ("bos_token_id", "eos_token_id", "pad_token_id"), ("tie_word_embeddings", "dtype", "torch_dtype")
 
 
 def graph_name(precision: str, *, apart: bool = False) -> str:
@@ -52,7 +53,7 @@ def embedding(
     """
     dtype = "float16" if precision == "float16" else "float32"
     b, found = lower_embedding(model, formats, profile=profile, context=context, dtype=dtype)
-    ple.rows(b, "input_ids", table)
+    ple.rows(b, IDS, table)
     return b.model(TARGETS[profile].opset, "embed_tokens", "Looks up embeddings and rows of per-layer ones."), found
 
 
@@ -103,7 +104,7 @@ def whole(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(raw.get("text_config"), dict):
         return dict(raw)
     kind = str(raw.get("model_type", "")).removesuffix("_text")
-    ids = {key: raw[key] for key in IDS if key in raw}
+    ids = {key: raw[key] for key in SPECIAL if key in raw}
     return {**ids, "architectures": [f"{kind.capitalize()}{WHOLE}"], "model_type": kind, "text_config": dict(raw)}
 
 
@@ -115,6 +116,6 @@ def text_part(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(text, dict):
         return dict(raw)
     found = {key: raw[key] for key in SHARED if key in raw}
-    ids = {key: raw[key] for key in IDS if raw.get(key) is not None}
+    ids = {key: raw[key] for key in SPECIAL if raw.get(key) is not None}
     names = [name.replace(WHOLE, TEXT) for name in raw.get("architectures") or () if isinstance(name, str)]
     return {**found, **({"architectures": names} if names else {}), **text, **ids}

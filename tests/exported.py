@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge.cli.export import rounding
 from edge.engine.ort import OrtEngine, open_session
 from edge.engine.ort_exact import open_exact
 from edge.engine.ort_pages import Pages
@@ -71,10 +70,7 @@ def slice_of(source: Source, name: str) -> Slice:
 def running(folder: Path, *, exact: bool = False) -> Iterator[OrtEngine]:
     """The engine over a package. ``exact``: what a graph cannot say about products, the session is told."""
     with closing(Package.open(folder)) as package:
-        if exact:
-            session = open_exact(package.graph, package.graph, packed=not rounding(package))
-        else:
-            session = open_session(package.graph, package.graph)
+        session = open_exact(package) if exact else open_session(package.graph, package.graph)
         rows = None if package.facts.ple is None else open_rows(package, "ssd", ROW_CACHE)
         pages = Pages([], CONTEXT)
         with closing(OrtEngine(package, session, rows, pages, context=package.context, chunk=CONTEXT)) as engine:

@@ -198,10 +198,7 @@ def package_engine(folder: Path, count: int, exactly: bool) -> Iterator[Engine]:
     from export.web import embedding_of
 
     with closing(Package.open(folder)) as package:
-        if exactly:
-            session = open_exact(package.graph, package.graph, packed=not rounding(package))
-        else:
-            session = open_session(package.graph, package.graph)
+        session = open_exact(package) if exactly else open_session(package.graph, package.graph)
         rows = None if package.facts.ple is None else open_rows(package, "ssd", ROWS)
         # Buffers of windows have the size they are shipped with, those of all tokens need not have.
         context = min(package.context, count + CHUNK)
@@ -211,11 +208,6 @@ def package_engine(folder: Path, count: int, exactly: bool) -> Iterator[Engine]:
         with closing(running):
             yield running
     trim()
-
-
-def rounding(package: Package) -> bool:
-    """Whether it has experts of 8 bits, whose kernel rounds activations unless its weights stay as they are."""
-    return package.precision == "int8" and ("com.microsoft", "QMoE") in package.onnx.operators
 
 
 def report(output: str, facts: Facts, size: int, runtime: str | None) -> dict[str, Any]:

@@ -15,18 +15,13 @@ from edge.budget.memory import trim
 from edge.budget.price_ort import capacity
 from edge.engine.ort_pages import Pages
 from edge.engine.ort_ple import Rows
-from edge.engine.ort_start import ERRORS, PROVIDERS, options, refused
-from edge.store.packages import EMBEDS
+from edge.engine.ort_start import ERRORS, options, refused, started
 from loaders.errors import BadCheckpoint
-from loaders.formats.contract import Contract, TensorSpec
+from loaders.formats.contract import EMBEDS, IDS, KEEP, LOGITS, MASK, POSITION_IDS, ROWS, Contract, TensorSpec
 from loaders.formats.package import Package
 from loaders.network.ops import Want
 
-IDS, MASK, POSITIONS, ROWS, KEEP = (
-    "input_ids", "attention_mask", "position_ids", "per_layer_inputs", "num_logits_to_keep",
-)  # fmt: skip
-LOGITS = "logits"
-KNOWN = {IDS, EMBEDS, MASK, POSITIONS, ROWS, KEEP}
+KNOWN = {IDS, EMBEDS, MASK, POSITION_IDS, ROWS, KEEP}
 DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32}
 
 
@@ -35,10 +30,7 @@ def open_session(graph: Path, file: Path, *, optimized: bool = False) -> ort.Inf
     chosen = options()
     if optimized:
         chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        return ort.InferenceSession(str(graph), chosen, providers=PROVIDERS)
-    except (*ERRORS, MemoryError) as error:
-        raise refused(error, file) from None
+    return started(graph, file, chosen)
 
 
 def shape_of(spec: TensorSpec, tokens: int) -> tuple[int, ...]:
@@ -173,7 +165,7 @@ class OrtEngine:
         given = {
             IDS: (ids, (1, count)),
             MASK: (self.ones, (1, total)),
-            POSITIONS: (self.places[cache.start :], (1, count)),
+            POSITION_IDS: (self.places[cache.start :], (1, count)),
             ROWS: (rows, (1, *rows.shape)),
             KEEP: (self.keep, ()),
         }

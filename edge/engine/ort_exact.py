@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnxruntime as ort
 
-from edge.engine.ort_start import ERRORS, PROVIDERS, options, refused
+from edge.engine.ort_start import options, started
+from loaders.formats.package import Package
 
 # Of products that the session itself makes of dequantized blocks; others say theirs in the graph.
 LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
-def open_exact(graph: Path, file: Path, *, packed: bool = True) -> ort.InferenceSession:
-    """A session of ``graph``; errors name ``file``. Weights that are not ``packed`` stay as they are in the file.
-
-    Raises BadCheckpoint, Unsupported, OverBudget.
-    """
+def open_exact(package: Package) -> ort.InferenceSession:
+    """A session of a package's graph. Raises BadCheckpoint, Unsupported, OverBudget."""
     chosen = options()
     chosen.add_session_config_entry(LEVEL, "0")
-    if not packed:
+    if package.precision == "int8" and ("com.microsoft", "QMoE") in package.onnx.operators:
+        # The kernel of 8-bit experts rounds activations, unless weights stay as they are in the file.
         chosen.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        return ort.InferenceSession(str(graph), chosen, providers=PROVIDERS)
-    except (*ERRORS, MemoryError) as error:
-        raise refused(error, file) from None
+    return started(package.graph, package.graph, chosen)

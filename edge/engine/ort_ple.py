@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from edge.store.ple import BITS_OF, MemoryTable, StreamedTable, Table
+from edge.store.ple import BITS_OF, MemoryTable, StreamedTable, Table, TableRows
 from loaders.errors import BadCheckpoint
 from loaders.formats.buffers import to_float32
 from loaders.formats.package import Package
@@ -17,12 +15,12 @@ from loaders.formats.window import Window
 BAND_BYTES = 8 << 20
 
 
-class Rows:
+class Rows(TableRows):
     """Token ids in, float32 [t, layers, dim] out."""
 
     def __init__(self, table: Table, kind: str, layers: int, dim: int) -> None:
-        self.table, self.kind, self.layers, self.dim = table, kind, layers, dim
-        self.counters = table.counters
+        super().__init__(table)
+        self.kind, self.layers, self.dim = kind, layers, dim
 
     def gather(self, ids: np.ndarray, out: np.ndarray) -> None:
         """Fills ``out`` float32 [t, layers, dim] with the rows of ids int64 [t], unscaled."""
@@ -31,18 +29,6 @@ class Rows:
             out[...] = dequantize_rows(raw, self.layers, self.dim, self.kind)
         else:
             out[...] = to_float32(raw, self.kind).reshape(out.shape)
-
-    def prefetch(self, ids: Sequence[int]) -> None:
-        """These ids come next."""
-        self.table.prefetch(ids)
-
-    def relieve(self) -> int:
-        """Gives back what can be read again; the bytes that frees."""
-        return self.table.relieve()
-
-    def close(self) -> None:
-        """Ends any read under way."""
-        self.table.close()
 
 
 def open_rows(package: Package, tier: str, cache_bytes: int) -> Rows:

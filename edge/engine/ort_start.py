@@ -87,6 +87,14 @@ def options(count: int | None = None) -> ort.SessionOptions:
     return found
 
 
+def started(graph: Path, file: Path, chosen: ort.SessionOptions) -> ort.InferenceSession:
+    """A session of ``graph``; errors name ``file``. Raises BadCheckpoint, Unsupported, OverBudget."""
+    try:
+        return ort.InferenceSession(str(graph), chosen, providers=PROVIDERS)
+    except (*ERRORS, MemoryError) as error:
+        raise refused(error, file) from None
+
+
 def refused(error: Exception, file: Path | None) -> EdgeError:
     """An error of the library, as edge says it: memory, a mechanism this version lacks, or a graph that cannot run."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -10,7 +10,7 @@ import torch
 
 from edge.engine.pinned import Pinned, PinnedGather
 from edge.engine.torch_weights import DTYPE, RAW_BITS, to_device
-from edge.store.ple import Counters, MemoryTable, StreamedTable, Table, in_table
+from edge.store.ple import Counters, MemoryTable, StreamedTable, Table, TableRows, in_table
 from loaders.formats.pack import Pack
 from loaders.formats.quant import BITS, SCALE_BYTES, dequantize_rows
 from loaders.network.matformer import Part
@@ -38,24 +38,15 @@ class Rows(Protocol):
         """Releases memory, threads and descriptors."""
 
 
-class HostRows:
+class HostRows(TableRows):
     """Rows found by numpy on the host, then handed to the device as they are stored."""
 
     def __init__(self, table: Table, dtype: torch.dtype, device: torch.device, decode: Decode) -> None:
-        self.table, self.dtype, self.device, self.decode = table, dtype, device, decode
-        self.counters = table.counters
+        super().__init__(table)
+        self.dtype, self.device, self.decode = dtype, device, decode
 
     def gather(self, ids: np.ndarray) -> torch.Tensor:
         return self.decode(torch.from_numpy(self.table.rows(ids)).view(self.dtype).to(self.device))
-
-    def prefetch(self, ids: Sequence[int]) -> None:
-        self.table.prefetch(ids)
-
-    def relieve(self) -> int:
-        return self.table.relieve()
-
-    def close(self) -> None:
-        self.table.close()
 
 
 class DeviceRows:

@@ -8,6 +8,7 @@ from pathlib import Path
 from edge.store.cache import recall, remember
 from loaders.checkpoint import Checkpoint
 from loaders.errors import BadCheckpoint, MissingFile, Unsupported
+from loaders.formats.contract import EMBEDS
 from loaders.formats.manifest import NAME, is_pack
 from loaders.formats.pack import Pack
 from loaders.formats.package import Package, is_package
@@ -15,8 +16,6 @@ from loaders.formats.sharded import Notify
 from loaders.sketch import has_weights, sketch
 
 FILE = "verified.json"
-# Where a graph takes the embeddings of tokens, not tokens.
-EMBEDS = "inputs_embeds"
 # What a checkpoint's weights, or their index, are called in the end.
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 # What can be run.

@@ -62,6 +62,25 @@ class Table(Protocol):
         """Ends any read under way."""
 
 
+class TableRows:
+    """Rows of a table, decoded by whoever needs them: what all engines ask of a table but that."""
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.counters = table, table.counters
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """These ids come next."""
+        self.table.prefetch(ids)
+
+    def relieve(self) -> int:
+        """Gives back what can be read again; the bytes that frees."""
+        return self.table.relieve()
+
+    def close(self) -> None:
+        """Ends any read under way."""
+        self.table.close()
+
+
 def in_table(ids: np.ndarray, rows: int) -> np.ndarray:
     """ids with everything outside [0, rows) replaced by 0."""
     return np.where((ids >= 0) & (ids < rows), ids, 0)

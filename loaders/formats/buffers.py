@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from loaders.errors import Unsupported, Usage
+from loaders.errors import ReadFailed, Unsupported, Usage
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 
@@ -22,6 +23,16 @@ def as_bytes(buffer: Buffer, writable: bool = True) -> memoryview:
     if (writable and view.readonly) or not view.c_contiguous:
         raise Usage("a buffer that is read-only or not contiguous")
     return view.cast("B") if view.nbytes else memoryview(bytearray())
+
+
+def write_exactly(fd: int, view: memoryview, offset: int, path: str | os.PathLike[str]) -> None:
+    """All of ``view`` at ``offset`` of a file: the system may take less at a time. Raises ReadFailed."""
+    try:
+        while view:
+            n = os.pwrite(fd, view, offset)
+            view, offset = view[n:], offset + n
+    except OSError as e:
+        raise ReadFailed(f"write at offset {offset}: {e.strerror}", file=path) from None
 
 
 def to_float32(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

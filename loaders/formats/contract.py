@@ -19,6 +19,11 @@ from loaders.network.spec import Attention, LatentAttention, Model
 
 DTYPES = ("int64", "int32", "float32", "float16")
 FLOATS = ("float32", "float16")
+# What a decoder's inputs and its output are called, of those that are not a cache's.
+IDS, EMBEDS, MASK, POSITION_IDS, ROWS, KEEP = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "per_layer_inputs", "num_logits_to_keep",
+)  # fmt: skip
+LOGITS = "logits"
 KINDS = ("full", "window", "latent", "growing")
 PADDED = 8
 MOST_TENSORS, MOST_DIMS, MOST_DIM = 4096, 8, 2**31 - 1
@@ -250,7 +255,7 @@ def agree_model(contract: Contract, model: Model, file: str) -> None:
         raise _bad(f"of layers {show(layers)}", file, "caches", f"of layers {show(owners)}, which have keys and values")
     for i, cache in enumerate(contract.caches):
         _agree_cache(cache, model.layers[cache.layer].attention, file, f"caches[{i}]")
-    logits, rows = contract.output("logits"), contract.input("per_layer_inputs")
+    logits, rows = contract.output(LOGITS), contract.input(ROWS)
     if logits is None or logits.dtype not in FLOATS or logits.shape[-1:] != (model.vocab,):
         raise _bad(show(logits and logits.shape), file, "outputs.logits", f"floats, {model.vocab} of them")
     if rows is not None and (model.ple is None or rows.shape[2:] != (len(model.layers), model.ple.dim)):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from loaders.errors import CannotCreate, ReadFailed, Usage
-from loaders.formats.buffers import Buffer, as_bytes
+from loaders.formats.buffers import Buffer, as_bytes, write_exactly
 from loaders.formats.config import short
 from loaders.formats.safetensors import ITEMSIZE
 
@@ -69,12 +69,7 @@ class Writer:
         return self
 
     def _put(self, view: memoryview, offset: int) -> None:
-        try:
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
-        except OSError as e:
-            raise ReadFailed(f"write at offset {offset}: {e.strerror}", file=self.path) from None
+        write_exactly(self._fd, view, offset, self.path)
 
     def write(self, name: str, chunks: Iterable[Buffer]) -> None:
         """One tensor's bytes, in pieces that together have exactly its size."""
