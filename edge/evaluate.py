@@ -13,14 +13,14 @@ from time import perf_counter
 
 import numpy as np
 
-from edge.budget import price_ort, watch
-from edge.budget.price import FLOAT, activation_bytes
+from edge.budget import watch
+from edge.budget.price import FLOAT
+from edge.budget.pricing import pass_bytes
 from edge.corpus import Text, read_text
 from edge.generate import rate
 from edge.session import Session, quiet
 from loaders.errors import BadCheckpoint, OverBudget, Usage
 from loaders.formats.measured import Measured
-from loaders.formats.package import Package
 from loaders.formats.sharded import Notify
 
 __all__ = ["Score", "Text", "evaluate", "measured_of", "read_text"]
@@ -159,23 +159,14 @@ def piece_size(session: Session, *, spare: bool) -> int:
     """
     plan, model, budget = session.plan, session.model, session.request.budget
     size = min(session.engine.chunk, max(1, SCORES // (model.vocab * FLOAT)))
-    planned = pass_bytes(session, plan.chunk)
+    planned = pass_bytes(session.source, model, plan, plan.chunk, every=False)
     room = max(0, budget - plan.total_bytes) if spare and budget is not None else 0
     while size > 1 and budget is not None:
-        more = pass_bytes(session, size, every=True) - planned
+        more = pass_bytes(session.source, model, plan, size, every=True) - planned
         if more <= 0 or (more <= room and affordable(session, more)):
             break
         size //= 2
     return size
-
-
-def pass_bytes(session: Session, tokens: int, *, every: bool = False) -> int:
-    """What a pass over so many tokens holds, with the logits of ``every`` one of them or of the last."""
-    plan, model = session.plan, session.model
-    if isinstance(session.source, Package):
-        return price_ort.activation_bytes(session.source, tokens, plan.context, tokens if every else 1)
-    held = activation_bytes(model, tokens, plan.context, plan.kv, plan.device, every=every)
-    return held + (tokens * model.vocab * FLOAT * (1 if model.softcap is None else 3) if every else 0)
 
 
 def affordable(session: Session, nbytes: int) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from edge import engine as engines
-from edge.budget import machine, price, price_ort, watch
+from edge.budget import machine, watch
 from edge.budget.memory import Ledger, read_process, read_pss, trim
 from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
+from edge.budget.pricing import logits_bytes
 from edge.budget.units import format_bytes, parse_bytes
 from edge.demo import model_path
 from edge.generate import Event, Timing, Wordless, encode, generate
@@ -88,8 +89,9 @@ class Session:
         self.source = self.packed(limit)
         self.model = sliced(self.source.model, self.plan.part)
         self.engine, self.ple = engines.load(
-            self.runtime, self.source, self.model, self.plan, self.ledger, self.notify, room_left(limit)
-        )
+            self.runtime, self.source, self.model, self.plan, self.ledger, self.notify, room_left(limit),
+            self.request.lock,
+        )  # fmt: skip
         self.relief = watch.Request(self.engine.relieve)
         self.watch.add_relief(self.relief)
         self.tokens: list[int] = []
@@ -133,16 +135,10 @@ class Session:
         t * vocab * 4 bytes, would break the budget.
         """
         found = self.checked(ids, self.plan.context)
-        self.afford(self.logits_bytes(len(found)), "the logits")
+        self.afford(logits_bytes(self.source, self.model, self.plan, len(found)), "the logits")
         out = self.engine.logits(found)
         self.sample_device()
         return out
-
-    def logits_bytes(self, tokens: int) -> int:
-        """What the logits of so many tokens take while they are computed."""
-        if isinstance(self.source, Package):
-            return price_ort.logits_bytes(self.source, tokens, self.plan.chunk)
-        return price.logits_bytes(self.model, tokens, self.plan.chunk, self.plan.kv)
 
     def step(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [vocab]: appends ids to the cache, chunk by chunk, and gives the logits of the last.
@@ -319,12 +315,15 @@ def load(
     context: int | None = None,
     ple: str = "auto",
     kv: str = "auto",
+    threads: int | None = None,
+    lock: bool = False,
     notify: Notify = quiet,
 ) -> Session:
     """Opens a checkpoint, a pack or a package, plans for ``budget`` (bytes, or text as '2GB'; None is without limit)
     and loads the plan.
 
-    Without ``path`` it is the demo model that ships with edge.
+    Without ``path`` it is the demo model that ships with edge. ``threads``: how many compute on a CPU, one a core
+    unless said. ``lock``: weights may not be paged out.
 
     ``precision="float32", budget=None`` runs a checkpoint exactly. Raises the errors of :mod:`loaders.errors`; WontFit
     before anything is loaded.
@@ -334,6 +333,7 @@ def load(
         budget=None if budget is None else parse_bytes(budget),
         ram_budget=None if ram_budget is None else parse_bytes(ram_budget, "--ram-budget"),
         slice=slice, precision=precision, ple=ple, kv=kv, context=context,
+        threads=threads, lock=lock,
     )  # fmt: skip
     return open_session(
         model_path() if path is None else Path(path), request, device, engine, notify=notify, started=started
@@ -366,7 +366,7 @@ def prepare(
     # A template or a default that cannot be read is better known before gigabytes are.
     template, defaults = ChatTemplate.open(path), read_generation(path, source.raw_config)
     engine, folder = engine_for(source, engine), text_folder(source)
-    runtime = engines.start(engine, device)
+    runtime = engines.start(engine, device, request.threads, request.lock)
     if request.ram_budget is not None and runtime.device == "cpu":
         raise Usage("--ram-budget on a CPU", field="--ram-budget", expected="--budget, which counts all of it there")
     bare = runtime.floor()

@@ -1,6 +1,6 @@
 """The forms that tensors take in an exported file, as numpy: what turns a band of a matrix into bytes of an operator.
 
-Codes come in as packs have them (:mod:`loaders.formats.quant`): int8, or int4 whose byte j of a block holds the values
+Codes come in row-major (:mod:`loaders.formats.quant`): int8, or int4 whose byte j of a block holds the values
 j and j + 16, each as code + 8. ONNX Runtime wants neighbours in a byte, and int8 codes biased by 128.
 """
 

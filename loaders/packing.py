@@ -22,12 +22,13 @@ from loaders.formats.atomic import fresh_folder
 from loaders.formats.buffers import from_float32
 from loaders.formats.config import read_bytes
 from loaders.formats.measured import load, plain
-from loaders.formats.pack import MEASURED, PLE, ROOT, SCALE, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
+from loaders.formats.pack import MEASURED, PLE, ROOT, VOCAB, WEIGHTS, contents, parts_for, stored_tensors
+from loaders.formats.panels import PANEL, whole_panels
 from loaders.formats.quant import BITS, quantize, quantize_rows
 from loaders.formats.safetensors_writer import Writer
 from loaders.formats.sharded import Notify, sizes_of
 from loaders.network.spec import Model
-from loaders.network.tensors import PLE_TABLE, flat, tensors
+from loaders.network.tensors import PLE_TABLE, tensors
 from loaders.ordered import THREADS, blaming, ordered
 from loaders.rewrite import COMPANIONS
 from loaders.text.compact import CompactTokenizer
@@ -36,8 +37,9 @@ from loaders.text.vocab import compile_vocab
 # Values of a band, at most and at least: as read, as float32 and as codes, a few of them are in memory at once.
 BANDS = (1 << 20, 1 << 16)
 BAND_COST = 12
-# Quantizing works in strips of its own, one in each thread; the writer keeps one tensor's scales until the end of it.
+# Quantizing works in strips of its own, one in each thread. Rows that do not fill a panel wait, a few bytes a value.
 STRIPS = 8 << 20
+WAITING = 4
 # Column weights of a tensor, float32 [cols], or None: where measured activations enter.
 Importance = Callable[[str], npt.NDArray[np.float32] | None]
 
@@ -75,12 +77,11 @@ def part_bytes(checkpoint: Checkpoint, part: str, ple: str = "int8") -> int:
 def packing_bytes(checkpoint: Checkpoint, band: int = BANDS[1]) -> int:
     """What packing in bands of so many values holds in memory at most, beyond what the process held before."""
     table = tensors(checkpoint.model)
-    matrices = [flat(shape) for name, shape in table.items() if len(shape) > 1 and name != PLE_TABLE]
     widest = max(shape[-1] for shape in table.values() if len(shape) > 1)
-    scales = max(rows * cols // 16 for rows, cols in matrices)
+    waiting = PANEL * widest * WAITING
     # What lies the other way round is read whole; while bands of one are converted the next is being read.
     turned = 2 * max(placed.plane_bytes for placed in checkpoint.where.values())
-    return (THREADS + 1) * max(band, widest) * BAND_COST + scales + turned + STRIPS
+    return (THREADS + 1) * max(band, widest) * BAND_COST + waiting + turned + STRIPS
 
 
 def band_for(checkpoint: Checkpoint, room: int | None) -> int:
@@ -208,26 +209,24 @@ class Packer:
                 done += piece.nbytes
                 notify("packing", done, total)
 
-        with ThreadPoolExecutor(THREADS) as pool, Writer(folder / WEIGHTS, specs) as writer:
-            for name, stored in contents(self.checkpoint.model, part).items():
+        formats = contents(self.checkpoint.model, part)
+        first = {name for name, stored in formats.items() if stored in BITS}
+        with ThreadPoolExecutor(THREADS) as pool, Writer(folder / WEIGHTS, specs, first=first) as writer:
+            for name, stored in formats.items():
                 if name == PLE_TABLE:
-                    writer.write(name, counted(self.ordered(name, self.records, pool)))
+                    pieces = self.ordered(name, self.records, pool)
                 elif stored in BITS:
-                    scales: list[npt.NDArray[np.float16]] = []
-                    writer.write(name, counted(self.codes(name, stored, scales, pool)))
-                    writer.write(name + SCALE, counted(scales))
+                    pieces = self.panels(name, stored, pool)
                 else:
-                    writer.write(name, counted(self.ordered(name, partial(from_float32, dtype=stored), pool)))
+                    pieces = self.ordered(name, partial(from_float32, dtype=stored), pool)
+                writer.write(name, counted(pieces))
         seal_folder(folder, [WEIGHTS], part, mark, **({"ple": self.ple} if part == PLE else {}))
 
-    def codes(
-        self, name: str, kind: str, scales: list[npt.NDArray[np.float16]], pool: ThreadPoolExecutor
-    ) -> Iterator[npt.NDArray[np.uint8]]:
-        """Codes of a matrix in order; its scales are left in ``scales``."""
+    def panels(self, name: str, kind: str, pool: ThreadPoolExecutor) -> Iterator[npt.NDArray[np.uint8]]:
+        """A quantized matrix, or every matrix of a stack, as its panels in order."""
         weights = self.importance(name)
-        for found, scale in self.ordered(name, lambda x: quantize(x, kind, weights), pool):
-            scales.append(scale)
-            yield found
+        bands = self.ordered(name, lambda x: quantize(x, kind, weights), pool)
+        return whole_panels(bands, self.checkpoint.where[name].shape[-2], kind)
 
     def records(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         """Rows of the per-layer-embedding table as records."""
@@ -241,6 +240,7 @@ class Packer:
         """``convert`` of every band of a tensor as float32, in order, a few of them under way at once."""
         placed = self.checkpoint.where[name]
         rows = max(1, self.band // (placed.shape[-1] if len(placed.shape) > 1 else 1))
+        rows -= rows % PANEL if rows > PANEL else 0
         bands = placed.steps(self.checkpoint.shards, rows)
         yield from ordered(pool, (partial(blaming, placed, partial(after, convert, values)) for values in bands))
 

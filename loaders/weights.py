@@ -13,10 +13,22 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.checkpoint import Checkpoint
+from loaders.errors import Usage
 from loaders.formats.buffers import from_float32, to_float32
 from loaders.formats.pack import Pack
+from loaders.formats.panels import (
+    BLOCK_BYTES,
+    PANEL,
+    covering,
+    panel_columns,
+    panel_count,
+    panel_shape,
+    panel_window,
+    rows,
+    whole_panels,
+)
 from loaders.formats.placed import bands
-from loaders.formats.quant import BITS, BLOCK, Codes, Floats, Scales, dequantize, quantize, record_bytes, windows
+from loaders.formats.quant import BITS, BLOCK, Codes, Floats, Scales, dequantize, quantize, record_bytes
 from loaders.formats.recipe import Recipe, stored_as, stored_bytes
 from loaders.formats.safetensors import ITEMSIZE, Shards, Tensor
 from loaders.formats.window import Ranges, Window
@@ -28,6 +40,8 @@ from loaders.ordered import blaming
 Source = Checkpoint | Pack
 # Conversions go through a buffer of this size, so that loading adds nothing that shows to what is loaded.
 STAGING = 4 << 20
+# What places of panels are multiples of, in a file that is mapped.
+ALIGNED = 32
 
 
 @dataclass(frozen=True)
@@ -94,16 +108,13 @@ class Stream:
     read: Callable[[Window, np.ndarray], None]
 
 
-def streams(source: Source, part: Part, recipe: Recipe) -> tuple[Stream, ...]:
-    """A tensor of a slice as it is read: one array, or codes and scales."""
+def plain_stream(source: Source, part: Part, recipe: Recipe) -> Stream:
+    """A tensor of a slice that is kept as values. Quantized ones are read with :func:`code_bands`, or in panels."""
     if isinstance(source, Checkpoint):
         stored = stored_as(part.name, tensors(source.model)[part.name], recipe)
-        return (Stream(part.window, stored, lambda w, out: fill(source, Part(part.name, w), stored, out)),)
-    shards, tensor, scale, stored = source.find(part.name, recipe)
-    if scale is None:
-        return (of_shards(shards, tensor, part.window),)
-    code_window, scale_window = windows(part.window, stored)
-    return of_shards(shards, tensor, code_window), of_shards(shards, scale, scale_window)
+        return Stream(part.window, stored, lambda w, out: fill(source, Part(part.name, w), stored, out))
+    shards, tensor, _ = source.find(part.name, recipe)
+    return of_shards(shards, tensor, part.window)
 
 
 def table_stream(source: Source, part: Part) -> Stream:
@@ -159,13 +170,15 @@ def value_bands(source: Source, part: Part, recipe: Recipe, count: int) -> Itera
         for values in checkpoint_bands(source, part, shape, count):
             yield values if stored == "F32" else partial(rounded, values, stored)
     else:
-        shards, tensor, _, _ = source.find(part.name, recipe)
+        shards, tensor, _ = source.find(part.name, recipe)
         for window in row_bands(shape, part.window, count):
             yield partial(plain_values, shards, tensor, window)
 
 
 def code_bands(source: Source, part: Part, recipe: Recipe, count: int) -> Iterator[Callable[[], tuple[Codes, Scales]]]:
-    """The same of a quantized matrix as codes and scales, in the order of bytes that packs have.
+    """The same of a quantized matrix as codes and scales, row-major.
+
+    Of a pack a band is as many rows as fill panels: where a range begins with one, no byte is read twice.
 
     A window is one range of columns. Where it ends inside a block, that block has the codes and the scale it has in the
     full model, and the columns beyond are zero codes.
@@ -175,10 +188,9 @@ def code_bands(source: Source, part: Part, recipe: Recipe, count: int) -> Iterat
     assert part.window.cols is not None
     ((first, stop),) = part.window.cols
     if isinstance(source, Pack):
-        shards, codes, scale, _ = source.find(part.name, recipe)
-        assert scale is not None
-        for window in row_bands(shape, part.window, count):
-            yield partial(pack_codes, shards, codes, scale, window, stored)
+        shards, tensor, _ = source.find(part.name, recipe)
+        for window in row_bands(shape, part.window, count, PANEL):
+            yield partial(pack_codes, shards, tensor, shape[-2], window, stored)
         return
     whole = min(-(-stop // BLOCK) * BLOCK, shape[-1])
     wide = Part(part.name, Window(part.window.rows, ((first, whole),)))
@@ -187,11 +199,76 @@ def code_bands(source: Source, part: Part, recipe: Recipe, count: int) -> Iterat
         yield partial(blaming, placed, partial(quantized, values, stored, stop % BLOCK if whole != stop else 0))
 
 
-def row_bands(shape: Shape, window: Window, count: int) -> Iterator[Window]:
-    """A window in bands of about ``count`` values, an even number of rows but for the last of each range."""
-    rows = max(2, count // (1 if window.cols is None else Window((), window.cols).shape[1]) // 2 * 2)
+@dataclass(frozen=True)
+class PanelPlace:
+    """Where the panels of a window lie in a pack: ``panels`` of each of ``matrices`` [rows, cols], in file ``path``.
+
+    ``offset``: of the first, in bytes of the file, a multiple of 32. ``step`` and ``matrix``: bytes from one panel, and
+    from one matrix, to the next. A panel has ``blocks`` blocks of the window. Beyond ``rows`` in a last panel, and
+    beyond ``cols`` in a last block, lies what the full model has there, not zeros. ``shards`` has the file open.
+    """
+
+    shards: Shards
+    path: str
+    offset: int
+    panels: int
+    step: int
+    blocks: int
+    rows: int
+    cols: int
+    matrices: int
+    matrix: int
+    kind: str
+
+
+def panel_place(source: Source, part: Part, recipe: Recipe) -> PanelPlace | None:
+    """Where a quantized tensor can be multiplied as it lies in its file.
+
+    None for what has no panels there, for windows that are not themselves in panels, and for what is not aligned.
+    """
+    shape = tensors(source.model)[part.name]
+    stored = stored_as(part.name, shape, recipe)
+    if not isinstance(source, Pack) or stored not in BITS:
+        return None
+    shards, tensor, _ = source.find(part.name, recipe)
+    window, step = panel_window(part.window, shape, stored), tensor.shape[1]
+    assert part.window.cols is not None
+    if window is None or window.cols is None or len(window.rows) > 1 or len(window.cols) > 1:
+        return None
+    ((first, _),), ((left, right),) = window.rows, window.cols
+    offset = tensor.offset + first * step + left
+    if offset % ALIGNED:
+        return None
+    height, (count, cols) = shape[-2], part.window.shape
+    lines = min(height, count)
+    return PanelPlace(
+        shards, tensor.shard, offset, panel_count(lines), step, (right - left) // BLOCK_BYTES[stored],
+        lines, cols, count // lines, panel_count(height) * step, stored,
+    )  # fmt: skip
+
+
+def panel_rows(source: Source, part: Part, recipe: Recipe, out: npt.NDArray[np.uint8]) -> None:
+    """Fills ``out``, uint8 of the :func:`panel_shape` of what a window keeps, with its panels, band by band.
+
+    For windows that :func:`panel_place` has no place for, and for checkpoints, whose values are quantized. ``out`` must
+    be contiguous. Beyond the window's rows and columns everything is zero. Raises what :func:`code_bands` raises.
+    """
+    shape = tensors(source.model)[part.name]
+    count, cols = part.window.shape
+    stored, height = stored_as(part.name, shape, recipe), shape[-2] if len(shape) > 2 else count
+    if out.shape != (wanted := panel_shape((count // height, height, cols), stored)):
+        raise Usage(f"{list(out.shape)}", field=part.name, expected=str(list(wanted)))
+    at = 0
+    for found in whole_panels((job() for job in code_bands(source, part, recipe, STAGING // 4)), height, stored):
+        out[at : at + len(found)] = found
+        at += len(found)
+
+
+def row_bands(shape: Shape, window: Window, count: int, step: int = 2) -> Iterator[Window]:
+    """A window in bands of about ``count`` values, a multiple of ``step`` rows but for the last of each range."""
+    lines = max(1, count // (1 if window.cols is None else Window((), window.cols).shape[1]) // step) * step
     for ranges in matrices(shape, window):
-        yield from bands(Window(ranges, window.cols), rows)
+        yield from bands(Window(ranges, window.cols), lines)
 
 
 def checkpoint_bands(checkpoint: Checkpoint, part: Part, shape: Shape, count: int) -> Iterator[Callable[[], Floats]]:
@@ -219,14 +296,16 @@ def plain_values(shards: Shards, tensor: Tensor, window: Window) -> Floats:
     return to_float32(raw, tensor.dtype)
 
 
-def pack_codes(shards: Shards, codes: Tensor, scale: Tensor, window: Window, stored: str) -> tuple[Codes, Scales]:
-    """A band as a pack holds it, the columns beyond the window zeroed."""
-    code_window, scale_window = windows(window, stored)
-    found, scales = np.empty(code_window.shape, np.uint8), np.empty(scale_window.shape, np.uint16)
-    shards.read_window(codes, code_window, found)
-    shards.read_window(scale, scale_window, scales)
+def pack_codes(shards: Shards, tensor: Tensor, height: int, window: Window, stored: str) -> tuple[Codes, Scales]:
+    """A band of one matrix, of ``height`` rows, of a pack, the columns beyond the window zeroed."""
     assert window.cols is not None
-    return zeroed(found, stored, window.cols[-1][1] % BLOCK), scales.view(np.float16)
+    ((first, stop),) = window.rows
+    lines, skip = covering(first, stop, height)
+    place = Window((lines,), panel_columns(window.cols, stored))
+    found: Codes = np.empty(place.shape, np.uint8)
+    shards.read_window(tensor, place, found)
+    codes, scales = rows(found, stored, skip + stop - first, Window((), window.cols).shape[1])
+    return zeroed(codes[skip:], stored, window.cols[-1][1] % BLOCK), scales[skip:]
 
 
 def quantized(values: Callable[[], Floats], stored: str, last: int) -> tuple[Codes, Scales]:

@@ -69,7 +69,7 @@ def floor_fixture(gemma3n: Path, monkeypatch: pytest.MonkeyPatch) -> Floor:
         floor = session.floor
     bare = replace(floor, tokenizer=0)
     monkeypatch.setattr(engines.Runtime, "floor", lambda self: bare)
-    monkeypatch.setattr(machine, "known_floor", lambda engine, device: machine.Known(bare, "torch", "cpu"))
+    monkeypatch.setattr(machine, "known_floor", lambda engine, device: machine.Known(bare, "native", "cpu"))
     return floor
 
 

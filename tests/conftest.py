@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor may they find, or leave, anything in the user's cache.
 os.environ["EDGE_CACHE"] = tempfile.mkdtemp(prefix="edge-tests-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# These models are too small for a second thread: where other processes want the cores, waiting for it costs seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -42,7 +44,6 @@ def pytest_unconfigure() -> None:
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-# These models are too small for a second thread: where other processes want the cores, waiting for it costs seconds.
 torch.set_num_threads(1)
 
 Folder = Callable[[str], Path]
@@ -52,10 +53,11 @@ Open = Callable[..., Session]
 @pytest.fixture(scope="session", autouse=True)
 def warm_once() -> Iterator[None]:
     """Kernels stay warm: one warm-up for the whole session instead of one for each load."""
-    from edge.engine import torch_start
+    from edge.engine import native_start, torch_start
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_start, "warm_up", cache(torch_start.warm_up))
+        for module in (native_start, torch_start):
+            patch.setattr(module, "warm_up", cache(module.warm_up))
         yield
 
 

@@ -2,7 +2,7 @@
 
 A start costs milliseconds instead of seconds, so that hundreds of commands fit into a fast suite. The child is what a
 new process would be: its own peak memory, descriptors, directory and environment; nothing of it comes back but a
-report. ``python -m tests.forkserver cold|warm`` speaks JSON, one object per line; ``warm`` has brought torch up too.
+report. ``python -m tests.forkserver cold|warm`` speaks JSON, one object per line; ``warm`` has an engine too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_OUTPUT = 1 << 20
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 # What costs most of a second and comes out the same for every file: done once, before the first fork.
-REMEMBERED = (("edge.engine.torch_start", "warm_up"), ("loaders.text.compact_unicode", "proved"))
+REMEMBERED = (("edge.engine.native_start", "warm_up"), ("loaders.text.compact_unicode", "proved"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,6 @@ def bring_up(kind: str) -> None:
         *(({"eos_token_id": -1}, c) for c in EVERY),
     ]
     if kind == "warm":
-        import_module("torch").set_num_threads(1)
         for name, function in REMEMBERED:
             module = import_module(name)
             setattr(module, function, cache(getattr(module, function)))

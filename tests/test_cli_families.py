@@ -75,7 +75,7 @@ def known_floor(spoken: Spoken) -> Iterator[None]:
         bare: Floor = replace(session.floor, tokenizer=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines.Runtime, "floor", lambda self: bare)
-        patch.setattr(machine, "known_floor", lambda engine, device: machine.Known(bare, "torch", "cpu"))
+        patch.setattr(machine, "known_floor", lambda engine, device: machine.Known(bare, "native", "cpu"))
         yield
 
 

@@ -205,7 +205,7 @@ def test_plan_measures_the_floor_once(
     remembered = machine.known_floor("auto", "auto")
     assert remembered is not None
     assert remembered.floor == Floor(first["floor_bytes"], 0)
-    assert first["floor_bytes"] > 64 << 20, "torch is in it"
+    assert first["floor_bytes"] > 24 << 20, "the interpreter and numpy are in it"
     assert first["plan"]["bytes"]["runtime"] == first["floor_bytes"]
     assert first["plan"]["bytes"]["tokenizer"] == tokenizer_bytes(Checkpoint.open(gemma3n)) > 0
     # Where a process of its own took more than this one has in memory, the run plans on what was remembered.
@@ -214,7 +214,7 @@ def test_plan_measures_the_floor_once(
     machine.remember_floor("auto", "auto", replace(remembered, floor=Floor(1 << 20)))
     assert cli("plan", gemma3n, "--json", *ENOUGH).json["floor_bytes"] == 1 << 20
     seen = cli("run", gemma3n, PROMPT, "-n", 1, "--json", *ENOUGH).json["plan"]["bytes"]["runtime"]
-    assert seen > 64 << 20, "and where this one has more, on that"
+    assert seen > 24 << 20, "and where this one has more, on that"
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"KEY": 7}', '{"KEY": {"host": true, "device": 0}}',
@@ -233,7 +233,7 @@ def test_nonsense_is_not_remembered(fresh_cache: Path, text: str) -> None:
 def test_an_engine_that_does_not_start_is_refused_as_a_run_refuses_it(
     cli: Cli, gemma3n: Path, fresh_cache: Path, children: list[list[str]]
 ) -> None:
-    for flags, code in ((("--engine", "native"), 78), (("--device", "tpu"), 2)):
+    for flags, code in ((("--device", "cuda", "--engine", "native"), 78), (("--device", "tpu"), 2)):
         planned = refused(cli("plan", gemma3n, *ENOUGH, *flags), code, flags[0])
         assert planned == refused(cli(*short_run(gemma3n), *flags), code)
     assert len(children) == 2

@@ -32,7 +32,7 @@ def stream(shape: tuple[int, ...], dtype: str, value: int) -> Stream:
 )
 def test_weights_share_one_allocation_and_no_byte_of_it(arrays: list[tuple[list[int], str]]) -> None:
     wanted = [stream(tuple(shape), dtype, i + 1) for i, (shape, dtype) in enumerate(arrays)]
-    arena = Arena(wanted, CPU)
+    arena = Arena((s.window.count * DTYPE[s.dtype].itemsize for s in wanted), CPU)
     made = [to_device(s, CPU, arena) for s in wanted]
     for i, (s, tensor) in enumerate(zip(wanted, made, strict=True)):
         assert (tensor.dtype, tuple(tensor.shape)) == (DTYPE[s.dtype], s.window.shape)

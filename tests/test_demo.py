@@ -97,7 +97,7 @@ def loss(text: Path, precision: str, part: str, tokens: int = SHORT, *, table: b
     with edge.load(DEMO, precision=precision, slice=part) as session:
         if not table:
             rows, gather = session.engine.rows, session.engine.rows.gather
-            rows.gather = lambda ids: torch.zeros_like(gather(ids))
+            rows.gather = lambda ids: np.zeros_like(gather(ids))
         return evaluate(session, read_text(text, session.tokenizer, tokens), stride=1024).loss
 
 

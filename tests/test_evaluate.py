@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from edge import corpus, evaluate
-from edge.budget.price import activation_bytes
+from edge.budget.pricing import pass_bytes
 from edge.corpus import Text, read_text
 from edge.session import Session
 from loaders.errors import BadCheckpoint, EdgeError, MissingFile, OverBudget, Usage
@@ -224,13 +224,14 @@ def test_the_cache_is_empty_before_and_after(opened: Open, gemma3n: Path) -> Non
     assert (session.engine.position, session.tokens) == (0, [])
 
 
-def test_pieces_take_what_was_planned(opened: Open, gemma3n: Path) -> None:
-    total = opened(gemma3n, context=512).plan.total_bytes
-    session = opened(gemma3n, context=512, budget=total + (32 << 20))
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_pieces_take_what_was_planned(opened: Open, gemma3n: Path, engine: str) -> None:
+    total = opened(gemma3n, context=512, engine=engine).plan.total_bytes
+    session = opened(gemma3n, context=512, engine=engine, budget=total + (32 << 20))
     model, plan = session.model, session.plan
     size = evaluate.piece_size(session, spare=False)
     assert 1 <= size <= plan.chunk
-    held = activation_bytes(model, size, 512, plan.kv, every=True) + 3 * size * VOCAB * 4
+    held = pass_bytes(session.source, model, plan, size, every=True)
     assert size == 1 or held <= plan.bytes["activations"]
     assert evaluate.piece_size(session, spare=True) == plan.chunk
     evaluate.evaluate(session, some(100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -31,8 +32,8 @@ LONG, SHORT = 120, 9
 # Gemma 3n's are zeroed in tests/test_traps.py.
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name not in GEMMA])
 def test_zeroing_any_tensor_changes_the_logits(name: str, folders: Folder, opened: Open) -> None:
-    session = opened(folders(name), context=LONG)
-    weights = session.engine.weights
+    session = opened(folders(name), engine="native", context=LONG)
+    weights = memory(session)
     ids = prompt(session.model.vocab, LONG if any(".experts." in name for name in weights) else SHORT)
     wanted = session.logits(ids)
     assert set(weights) == set(tensors(session.model)) - {PLE_TABLE}
@@ -40,35 +41,43 @@ def test_zeroing_any_tensor_changes_the_logits(name: str, folders: Folder, opene
     assert [label for label in idle if not matters_when_chosen(session, label, ids)] == []
 
 
-def pieces(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def memory(session: Session) -> dict[str, np.ndarray]:
+    """The float32 weights [matrices, values] of a run, where they are."""
+    named = session.engine.weights.named
+    values = {name: (ctypes.c_float * (w.bytes // 4)).from_address(w.data) for name, w in named.items()}
+    return {name: np.ctypeslib.as_array(values[name]).reshape(w.count, -1) for name, w in named.items()}
+
+
+def pieces(weights: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor, and of stacks in the first and the last layer that has some every matrix."""
-    layers = [int(name.split(".")[1]) for name, tensor in weights.items() if tensor.dim() == 3]
+    layers = [int(name.split(".")[1]) for name, tensor in weights.items() if len(tensor) > 1]
     for name, tensor in weights.items():
-        if tensor.dim() == 3 and int(name.split(".")[1]) in (min(layers), max(layers)):
+        if len(tensor) > 1 and int(name.split(".")[1]) in (min(layers), max(layers)):
             yield from ((f"{name}[{i}]", tensor[i]) for i in range(len(tensor)))
         else:
             yield name, tensor
 
 
-def matters(session: Session, part: torch.Tensor, ids: np.ndarray, wanted: np.ndarray) -> bool:
+def matters(session: Session, part: np.ndarray, ids: np.ndarray, wanted: np.ndarray) -> bool:
     """Whether logits change when ``part`` is zero; it is put back."""
-    held = part.clone()
-    part.zero_()
+    held = part.copy()
+    part[...] = 0
     changed = not np.array_equal(session.logits(ids), wanted)
-    part.copy_(held)
+    part[...] = held
     return changed
 
 
 def matters_when_chosen(session: Session, label: str, ids: np.ndarray) -> bool:
     """The same for an expert that nobody chose, once the router prefers it; False for anything that is no expert."""
     found = re.fullmatch(r"(layers\.\d+\.experts\.)(\w+)\[(\d+)\]", label)
-    if found is None or found[1] + "bias" not in session.engine.weights:
+    weights = memory(session)
+    if found is None or found[1] + "bias" not in weights:
         return False
-    bias, expert = session.engine.weights[found[1] + "bias"], int(found[3])
-    held = bias.clone()
+    bias, expert = weights[found[1] + "bias"][0], int(found[3])
+    held = bias.copy()
     bias[expert] += 10.0
-    changed = matters(session, session.engine.weights[found[1] + found[2]][expert], ids, session.logits(ids))
-    bias.copy_(held)
+    changed = matters(session, weights[found[1] + found[2]][expert], ids, session.logits(ids))
+    bias[...] = held
     return changed
 
 
@@ -92,7 +101,7 @@ def test_a_quantized_model_is_that_of_its_dequantized_weights(
     name: str, precision: str, pack_of: Callable[[str], Path]
 ) -> None:
     """Whole, and a token at a time, which other kernels compute."""
-    with edge.load(pack_of(name), precision=precision, kv="float32") as session:
+    with edge.load(pack_of(name), engine="torch", precision=precision, kv="float32") as session:
         quantized = [w for w in session.engine.weights.values() if isinstance(w, Blocks)]
         assert any(w.bits == {"int8": 8, "int4": 4}[precision] for w in quantized)
         ids = prompt(session.model.vocab, LENGTH)

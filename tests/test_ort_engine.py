@@ -429,9 +429,9 @@ def test_the_toy_is_an_onnx_model() -> None:
 
 def test_threads_are_those_of_the_cores_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert ort_start.threads() == 3
+    assert ort_start.thread_count() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert 1 <= ort_start.threads() <= (os.cpu_count() or 1)
+    assert 1 <= ort_start.thread_count() <= (os.cpu_count() or 1)
 
 
 def test_a_graph_that_does_not_run_is_one_line(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from loaders.checkpoint import Checkpoint
 from loaders.errors import Unsupported
 from loaders.formats import manifest as manifests
 from loaders.formats.buffers import to_float32
-from loaders.formats.pack import BASE, PARTS, PLE, SCALE, VOCAB, WEIGHTS, Pack, contents, parts_for
+from loaders.formats.pack import BASE, PARTS, PLE, VOCAB, WEIGHTS, Pack, contents, parts_for
+from loaders.formats.panels import panel_bytes, panel_shape, rows
 from loaders.formats.quant import BITS, dequantize, dequantize_rows, quantize, quantize_rows
 from loaders.formats.recipe import Recipe, recipes, stored_as, stored_bytes, usual_head
 from loaders.formats.safetensors_writer import Writer
@@ -34,7 +35,7 @@ from loaders.formats.window import Window
 from loaders.network.matformer import full
 from loaders.network.tensors import PLE_TABLE, tensors
 from loaders.packing import fingerprint, write_pack
-from loaders.weights import kept
+from loaders.weights import Kept, kept
 from tests import small
 from tests.makers import assert_close, prompt
 
@@ -76,11 +77,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def load() -> Iterator[Callable[..., Session]]:
-    """``edge.load`` with keys and values in float32, closed at the end."""
+    """``edge.load`` with torch, keys and values in float32, closed at the end."""
     sessions: list[Session] = []
 
     def opened(folder: Path, **options: Any) -> Session:
-        sessions.append(edge.load(folder, **{"slice": "full", "kv": "float32", "context": 64, **options}))
+        usual = {"engine": "torch", "slice": "full", "kv": "float32", "context": 64}
+        sessions.append(edge.load(folder, **{**usual, **options}))
         return sessions[-1]
 
     yield opened
@@ -107,15 +109,13 @@ def weights(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
 
 def stored(pack: Pack, name: str, recipe: Recipe) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """What a pack holds of a tensor: raw codes or values, scales or None, format."""
-    shards, tensor, scale, kind = pack.find(name, recipe)
+    """What a pack holds of a tensor: row-major codes or raw values, scales or None, format."""
+    shards, tensor, kind = pack.find(name, recipe)
     raw = np.empty(tensor.shape, {"U8": np.uint8, "F32": np.uint32, "BF16": np.uint16}[tensor.dtype])
     shards.read_window(tensor, Window.full(tensor.shape), raw)
-    if scale is None:
+    if kind not in BITS:
         return raw, None, kind
-    scales = np.empty(scale.shape, np.float16)
-    shards.read_window(scale, Window.full(scale.shape), scales)
-    return raw, scales, kind
+    return *rows(raw, kind, *tensors(pack.model)[name]), kind
 
 
 def plain(pack: Pack, name: str, recipe: Recipe) -> np.ndarray:
@@ -209,9 +209,12 @@ def test_parts_hold_what_they_say_and_nothing_twice(name: str) -> None:
         assert pack.precisions == ("int8", "int4")
         for part, shards in pack.parts.items():
             formats = contents(pack.model, part)
-            assert set(shards.tensors) == set(formats) | {
-                n + SCALE for n, f in formats.items() if f in BITS and part != PLE
-            }
+            assert set(shards.tensors) == set(formats)
+            panels = {n: shards.tensors[n] for n, f in formats.items() if f in BITS and part != PLE}
+            table = tensors(pack.model)
+            assert {n: t.shape for n, t in panels.items()} == {n: panel_shape(table[n], formats[n]) for n in panels}
+            assert all(t.offset % 32 == 0 for t in panels.values())
+            assert min(t.offset for t in shards.tensors.values()) % 64 == 0
         base = set(contents(pack.model, BASE))
         assert base.isdisjoint(contents(pack.model, "int8"))
         # The embedding lies in base at int8, and in int4 for budgets that force it there.
@@ -232,7 +235,16 @@ def test_what_is_loaded_is_what_the_planner_counted(precision: str, load: Callab
         assert isinstance(session.source, Pack)
         assert session.plan.bytes["weights"] == counted
         read = sum(shards.bytes_read for shards in session.source.parts.values())
-        assert read == counted + session.plan.bytes["ple"]
+        assert (
+            read
+            == sum(bytes_in_panels(t, session.plan.recipe) for t in tensors_kept.values()) + session.plan.bytes["ple"]
+        )
+
+
+def bytes_in_panels(tensor: Kept, recipe: Recipe) -> int:
+    """Bytes of a pack that hold what a slice keeps of a tensor."""
+    kind = tensor.stored(recipe)
+    return panel_bytes(tensor.shape, kind) if kind in BITS else tensor.nbytes(recipe)
 
 
 # Runs
@@ -282,7 +294,8 @@ def test_a_slice_reads_its_windows_and_no_more(text: str, load: Callable[..., Se
     found = load(packed("wide"), precision="int4", slice=text, ple="ram")
     assert isinstance(found.source, Pack)
     read = {part: shards.bytes_read for part, shards in found.source.parts.items()}
-    assert sum(read.values()) == found.plan.bytes["weights"] + found.plan.bytes["ple"]
+    kept_here = kept(found.source.model, found.plan.part, found.model).values()
+    assert sum(read.values()) == sum(bytes_in_panels(t, found.plan.recipe) for t in kept_here) + found.plan.bytes["ple"]
     assert read[PLE] == 316 * len(found.plan.part.keep) * (2 + 32)
     assert read["int8"] == 0
     whole = {part: shards.total_bytes for part, shards in found.source.parts.items()}
@@ -502,7 +515,7 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
     assert json.loads(found["config.json"]) == small.GEMMA3N
     sealed = json.loads(found[manifests.NAME])
     assert sealed["source"] == {"name": "gemma3n-chat", "path": str(source("gemma3n-chat"))}
-    assert (sealed["format"], sealed["version"], sealed["part"]) == ("edge pack", 1, "root")
+    assert (sealed["format"], sealed["version"], sealed["part"]) == ("edge pack", 2, "root")
 
 
 # The command

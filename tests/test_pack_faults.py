@@ -179,7 +179,7 @@ def test_killed_at_every_change_and_at_random(tmp_path: Path) -> None:
 def test_signals_end_it_cleanly(stage: Stage, number: signal.Signals, code: int, target: str, tmp_path: Path) -> None:
     before = signal.getsignal(number)
     to = ("-o", tmp_path / "out") if target == "folder" else ()
-    for n in (1, 9, 30):
+    for n in (1, 9, 15):
         with Faults(("pwrite",), n, lambda: signal.raise_signal(number)).here() as faults:
             assert command("pack", stage.source, *to) == (code, "", "")
         assert faults.calls == n
@@ -570,7 +570,7 @@ def test_an_edited_manifest(pack: Path) -> None:
     damaged(pack, 65, "manifest.json: seal")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 @pytest.mark.parametrize("part", ["", BASE])
 def test_another_version(pack: Path, version: object, part: str) -> None:
     edited(pack, part, lambda m: m.update(version=version), True)

@@ -67,16 +67,16 @@ def folder_of(folders: Folder, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture(scope="module")
 def session_of(folder_of: Callable[[str], Path]) -> Iterator[Callable[..., Session]]:
-    """(name, tier) -> a loaded session, its cache empty and its chunk as planned."""
+    """(name, tier, engine) -> a loaded session, its cache empty and its chunk as planned."""
 
     @cache
-    def load(name: str, tier: str) -> Session:
-        return edge.load(folder_of(name), precision="float32", slice="full", ple=tier)
+    def load(name: str, tier: str, engine: str) -> Session:
+        return edge.load(folder_of(name), engine=engine, precision="float32", slice="full", ple=tier)
 
     made: list[Session] = []
 
-    def session(name: str, tier: str = "auto", chunk: int | None = None) -> Session:
-        found = load(name, tier)
+    def session(name: str, tier: str = "auto", chunk: int | None = None, engine: str = "native") -> Session:
+        found = load(name, tier, engine)
         made.append(found)
         found.reset()
         found.engine.chunk = found.plan.chunk if chunk is None else chunk
@@ -113,10 +113,17 @@ Sessions = Callable[..., Session]
 Wanted = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 
-@pytest.mark.parametrize(("name", "chunk"), [*product(NAMES, (256, 7, 17)), *product(DERIVED, (11,))])
-def test_every_position_in_chunks(name: str, chunk: int, session_of: Sessions, wanted: Wanted) -> None:
+@pytest.mark.parametrize(
+    ("name", "chunk", "engine"),
+    [
+        *product(NAMES, (64, 7), ("native",)),
+        *product(NAMES, (17,), ("native", "torch")),
+        *product(DERIVED, (11,), ("native",)),
+    ],
+)
+def test_every_position_in_chunks(name: str, chunk: int, engine: str, session_of: Sessions, wanted: Wanted) -> None:
     ids, logits = wanted(name)
-    assert_close(session_of(name, chunk=chunk).logits(ids), logits)
+    assert_close(session_of(name, chunk=chunk, engine=engine).logits(ids), logits)
 
 
 STEPWISE = [1] * LENGTH
@@ -130,12 +137,20 @@ PIECES = {
 }
 
 
+WINDOWED = ("prefill-then-steps", "round-the-window")
+
+
 @pytest.mark.parametrize(
-    ("name", "pieces"), [*product(NAMES, PIECES), *product(DERIVED, ("prefill-then-steps", "round-the-window"))]
+    ("name", "pieces", "engine"),
+    [
+        *product(NAMES, PIECES, ("native",)),
+        *product(NAMES, WINDOWED, ("torch",)),
+        *product(DERIVED, WINDOWED, ("native",)),
+    ],
 )
-def test_pieces(name: str, pieces: str, session_of: Sessions, wanted: Wanted) -> None:
+def test_pieces(name: str, pieces: str, engine: str, session_of: Sessions, wanted: Wanted) -> None:
     ids, logits = wanted(name)
-    found, at = fed(session_of(name), ids, PIECES[pieces])
+    found, at = fed(session_of(name, engine=engine), ids, PIECES[pieces])
     assert_close(found, logits[at])
 
 
@@ -166,7 +181,7 @@ def test_tiers(name: str, tier: str, session_of: Sessions, wanted: Wanted) -> No
 def test_recorded_decode_step(name: str, opened: Open, folder_of: Callable[[str], Path], wanted: Wanted) -> None:
     """The step of fixed shapes that a GPU records, run eagerly: past the window and past a bucket."""
     ids, logits = wanted(name)
-    session = opened(folder_of(name))
+    session = opened(folder_of(name), engine="torch")
     session.engine.graphs = True
     found, at = fed(session, ids, [10] + [1] * 30 + [5] + [1] * (LENGTH - 45))
     assert session.engine.steps

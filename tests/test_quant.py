@@ -14,14 +14,13 @@ the nearest codes there; float32 sums of 32 terms may rank two that are closer t
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.errors import BadCheckpoint, Unsupported, Usage
+from loaders.errors import BadCheckpoint, Unsupported
 from loaders.formats.quant import (
     BLOCK,
     block_count,
@@ -33,9 +32,7 @@ from loaders.formats.quant import (
     quantize_rows,
     quantized_bytes,
     record_bytes,
-    windows,
 )
-from loaders.formats.window import Window
 
 KINDS = ("int8", "int4")
 SEEDS = st.integers(0, 2**32 - 1)
@@ -276,59 +273,7 @@ def test_importance_moves_the_error_to_columns_that_do_not_count() -> None:
     np.testing.assert_array_equal(quantize(x, "int8", weights)[0], quantize(x, "int8")[0])
 
 
-# Windows
-
-
-@st.composite
-def cuts(draw: st.DrawFn, most: int, step: int, open_end: bool) -> tuple[tuple[int, int], ...]:
-    """Ascending ranges below ``most`` that begin at a multiple of ``step``, and end at one unless ``open_end``."""
-    marks = sorted(set(draw(st.lists(st.integers(0, most // step), min_size=2, max_size=6))))
-    found = [(a * step, min(b * step, most)) for a, b in list(pairwise(marks))[::2] if a * step < most]
-    if found and open_end and found[-1][1] - found[-1][0] > 1:
-        a, b = found[-1]
-        found[-1] = (a, draw(st.integers(a + 1, b)))
-    return tuple(found) or ((0, min(step, most)),)
-
-
-def cut(x: np.ndarray, window: Window) -> np.ndarray:
-    """A window of an array in memory."""
-    assert window.cols is not None
-    rows = np.concatenate([x[a:b] for a, b in window.rows])
-    return np.ascontiguousarray(np.concatenate([rows[:, a:b] for a, b in window.cols], axis=1))
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.data(), SEEDS, st.sampled_from(KINDS))
-def test_a_window_of_the_bytes_is_the_bytes_of_the_window(data: st.DataObject, seed: int, kind: str) -> None:
-    x = np.random.default_rng(seed).standard_normal((7, 160)).astype(np.float32)
-    window = Window(data.draw(cuts(7, 1, False)), data.draw(cuts(160, BLOCK, False)))
-    codes, scales = quantize(x, kind)
-    for_codes, for_scales = windows(window, kind)
-    direct = quantize(cut(x, window), kind)
-    assert cut(codes, for_codes).tobytes() == direct[0].tobytes()
-    assert cut(scales, for_scales).tobytes() == direct[1].tobytes()
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.data(), SEEDS, st.sampled_from(KINDS))
-def test_a_range_may_end_inside_a_block(data: st.DataObject, seed: int, kind: str) -> None:
-    """It then takes the whole block, and its values are those of the whole matrix."""
-    x = np.random.default_rng(seed).standard_normal((5, 150)).astype(np.float32)
-    window = Window(((1, 4),), data.draw(cuts(150, BLOCK, True)))
-    codes, scales = quantize(x, kind)
-    for_codes, for_scales = windows(window, kind)
-    assert for_scales.shape == (3, sum(block_count(b) - a // BLOCK for a, b in window.cols or ()))
-    values = dequantize(cut(codes, for_codes), cut(scales, for_scales), kind, for_scales.shape[1] * BLOCK)
-    whole = cut(dequantize(codes, scales, kind, 150), window)
-    at = place = 0
-    for a, b in window.cols or ():
-        np.testing.assert_array_equal(values[:, at : at + b - a], whole[:, place : place + b - a])
-        at, place = at + (block_count(b) - a // BLOCK) * BLOCK, place + b - a
-
-
-def test_a_range_may_not_begin_inside_a_block() -> None:
-    with pytest.raises(Usage, match="columns from 33"):
-        windows(Window(((0, 1),), ((0, 32), (33, 64))), "int4")
+# Rows of per-layer embeddings
 
 
 @settings(max_examples=60, deadline=None)

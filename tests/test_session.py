@@ -22,7 +22,7 @@ from edge import engine as engines
 from edge.budget import machine
 from edge.budget.memory import ProcessMemory
 from edge.budget.plan import Floor
-from edge.budget.price import logits_bytes
+from edge.budget.pricing import logits_bytes
 from edge.budget.watch import Watch
 from edge.engine.torch_blocks import Blocks
 from edge.generate import PIECE, Event, encode
@@ -83,7 +83,7 @@ def test_the_plan_is_data(load: Load) -> None:
     assert {key: type(plan[key]) for key in PLAN_KEYS} == PLAN_KEYS
     assert dict(plan) == plan.as_dict() == json.loads(json.dumps(dict(plan)))
     assert len(plan) == len(list(plan)) == len(plan.as_dict())
-    assert (plan["slice"], plan["context"], plan["engine"], plan["device"]) == ("full", 64, "torch", "cpu")
+    assert (plan["slice"], plan["context"], plan["engine"], plan["device"]) == ("full", 64, "native", "cpu")
     assert plan["total_bytes"] == sum(plan["bytes"].values())
     with pytest.raises(KeyError):
         plan["nothing"]
@@ -93,7 +93,7 @@ def test_the_plan_is_data(load: Load) -> None:
 @pytest.mark.parametrize("tier", ["ram", "ssd"])
 @pytest.mark.parametrize("slice", ["full", "half+skip-first-shared", "ffn=100x6,52x5,128x1"])
 def test_what_is_held_is_what_was_planned(load: Load, precision: str, tier: str, slice: str) -> None:
-    session = load(precision=precision, ple=tier, slice=slice)
+    session = load(engine="torch", precision=precision, ple=tier, slice=slice)
     planned, engine = session.plan.bytes, session.engine
     assert sum(w.nbytes for w in engine.weights.values()) == planned["weights"] == session.ledger.held()["weights"]
     assert set(engine.weights) == set(tensors(session.model)) - {PLE_TABLE}
@@ -112,7 +112,7 @@ def test_what_is_held_is_what_was_planned(load: Load, precision: str, tier: str,
 @pytest.mark.parametrize("tier", ["ram", "ssd"])
 @pytest.mark.parametrize("slice", ["full", "half+skip-first-shared", "ffn=96x6,64x5,128x1"])
 def test_what_is_held_quantized_is_what_was_planned(load: Load, precision: str, tier: str, slice: str) -> None:
-    session = load(precision=precision, ple=tier, slice=slice)
+    session = load(engine="torch", precision=precision, ple=tier, slice=slice)
     planned, engine, table = session.plan.bytes, session.engine, session.engine.rows.table
     assert sum(w.nbytes for w in engine.weights.values()) == planned["weights"] == session.ledger.held()["weights"]
     assert set(engine.weights) == set(tensors(session.model)) - {PLE_TABLE}
@@ -130,7 +130,7 @@ def test_what_is_held_quantized_is_what_was_planned(load: Load, precision: str, 
 
 
 def test_a_plain_model_is_held_as_planned(load: Load, llama: Path) -> None:
-    session = load(llama)
+    session = load(llama, engine="torch")
     assert sum(w.nbytes for w in session.engine.weights.values()) == session.plan.bytes["weights"]
     assert session.bytes_per_token == session.plan.bytes["weights"] - VOCAB * 64 * 4, "one row of the embedding is read"
     assert session.ple is None
@@ -522,7 +522,7 @@ def test_a_budget_as_text_and_as_bytes(load: Load) -> None:
 def test_logits_that_would_break_the_budget_are_not_computed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     session = load(budget="3GB")
     rows = 60
-    need = logits_bytes(session.model, rows, session.plan.chunk, session.plan.kv)
+    need = logits_bytes(session.source, session.model, session.plan, rows)
     assert need > rows * VOCAB * 4 + session.plan.bytes["kv"] * rows // session.plan.context
 
     def resident(nbytes: int) -> None:
@@ -597,7 +597,7 @@ def test_loading_stops_where_the_budget_is_passed(load: Load, monkeypatch: pytes
     monkeypatch.setattr(Watch, "peak", property(lambda self: 70 * 10**9))
     with pytest.raises(OverBudget):
         load(budget="64GB", notify=lambda *what: told.append(what))
-    assert [what for what, *_ in told] == ["loading"]
+    assert [what for what, *_ in told] == ["loading the table"]
     assert {thread.name for thread in threading.enumerate()} <= before
 
 
@@ -606,7 +606,7 @@ def test_the_floor_is_the_greater_of_what_is_remembered_and_what_is_seen(load: L
     assert floor.tokenizer == text > 0
     for remembered, expected in ((floor.host + 5, floor.host + 5), (1, floor.host - text)):
         with pytest.MonkeyPatch.context() as patch:
-            known = machine.Known(Floor(remembered), "torch", "cpu")
+            known = machine.Known(Floor(remembered), "native", "cpu")
             patch.setattr(machine, "known_floor", lambda engine, device, known=known: known)
             session = load(ple="ssd")
         assert session.floor == Floor(expected, 0, text)
@@ -639,7 +639,9 @@ def test_a_smaller_budget_takes_a_smaller_model(load: Load, floor: Floor) -> Non
         ({"device": "tpu"}, Usage, "--device"),
         ({"device": "mps"}, Unsupported, "mps"),
         ({"engine": "ort"}, Unsupported, "ort"),
-        ({"engine": "native"}, Unsupported, "native"),
+        ({"engine": "native", "device": "cuda"}, Unsupported, "native"),
+        ({"threads": 0}, Usage, "--threads"),
+        ({"engine": "torch", "lock": True}, Unsupported, "--lock"),
         ({"engine": "gguf"}, Usage, "--engine"),
         ({"precision": "int3"}, Usage, "--precision"),
         ({"slice": "E9B"}, Usage, "--slice"),
@@ -687,7 +689,8 @@ def test_the_end_of_a_with_block_releases_everything(gemma3n: Path) -> None:
         assert len(tokens(session.generate(PROMPT, max_tokens=3))) == 3
         assert {thread.name for thread in threading.enumerate()} > before
     assert {thread.name for thread in threading.enumerate()} <= before
-    assert session.engine.weights == {}
+    assert session.engine.weights.named == {}
+    assert not session.engine.programs
     with pytest.raises(Usage):
         session.checkpoint.read_raw("norm")
 

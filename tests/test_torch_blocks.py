@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge.engine import torch_blocks
 from edge.engine.kv import KVCache
-from edge.engine.torch_blocks import BLOCK, NATIVE_VECTORS, Blocks
+from edge.engine.torch_blocks import BLOCK, Blocks
 from edge.engine.torch_ops import TorchOps
 from loaders.errors import Usage
 from loaders.network import decoder_of
@@ -49,37 +47,6 @@ def close(found: torch.Tensor, wanted: Floats, most: float = 1e-6) -> None:
     """Equal up to ``most`` of the largest value."""
     assert found.shape == wanted.shape
     assert np.abs(found.double().numpy() - wanted).max() <= most * np.abs(wanted).max()
-
-
-class Mirror:
-    """A native matrix in numpy, by address as the C kernels are, that counts its calls."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        self.width, self.rows, self.calls = blocks.width, blocks.rows, []
-        self.dense = np.zeros((blocks.rows, blocks.width), np.float32)
-        self.dense[:, : blocks.cols] = blocks.dequantize().numpy()
-        # What lies behind the last column is never to be seen.
-        self.dense[:, blocks.cols :] = 1e30
-
-    def at(self, pointer: int, rows: int, width: int, kind: str = "f4") -> npt.NDArray[np.float32]:
-        """The caller's memory."""
-        size = rows * width * np.dtype(kind).itemsize
-        raw = (ctypes.c_char * size).from_address(pointer)
-        return np.frombuffer(raw, kind).reshape(rows, width)
-
-    def multiply(self, x_ptr: int, t: int, x_stride: int, y_ptr: int) -> None:
-        self.calls.append(("multiply", t))
-        assert x_stride == self.width
-        x = self.at(x_ptr, t, self.width)
-        self.at(y_ptr, t, self.rows)[:] = x @ self.dense.T
-
-    def dequantize(self, first: int, stop: int, out_ptr: int) -> None:
-        self.calls.append(("dequantize", stop - first))
-        self.at(out_ptr, stop - first, self.width)[:] = self.dense[first:stop]
-
-    def gather(self, ids_ptr: int, n: int, out_ptr: int) -> None:
-        self.calls.append(("gather", n))
-        self.at(out_ptr, n, self.width)[:] = self.dense[self.at(ids_ptr, 1, n, "i8")[0]]
 
 
 # ------------------------------------------------------------------------------------------------------------- matrices
@@ -154,28 +121,6 @@ def test_refuses_other_tensors() -> None:
     for arguments in wrong:
         with pytest.raises(Usage):
             Blocks(*arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("cols", [64, 70])
-def test_native_kernels_are_used(bits: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few vectors go to the kernel, padded to whole blocks; more to its widened tiles."""
-    monkeypatch.setattr(torch_blocks, "TILE_BYTES", 4 * 96 * 10)
-    blocks, dense = made(37, cols, bits)
-    native = blocks.native = Mirror(blocks)
-    for t in (1, NATIVE_VECTORS, NATIVE_VECTORS + 1):
-        # Rows that are further apart than they are long.
-        x = torch.randn((t, 2 * cols))[:, :cols]
-        close(blocks.product(x), x.double().numpy() @ dense.T)
-    assert native.calls[:2] == [("multiply", 1), ("multiply", NATIVE_VECTORS)]
-    assert [kind for kind, _ in native.calls[2:]] == ["dequantize"] * -(-37 // blocks.step)
-    assert sum(rows for _, rows in native.calls[2:]) == 37
-    assert blocks.product(torch.empty((0, cols))).shape == (0, 37)
-    ids = torch.tensor([[3, 36], [0, 3]]).t()[1]
-    assert np.array_equal(blocks.rows_at(ids).numpy(), dense[ids].astype(np.float32))
-    assert native.calls[-1] == ("gather", 2)
-    assert blocks.rows_at(ids[:0]).shape == (0, cols)
-    assert np.array_equal(blocks.dequantize(5, 30).numpy(), dense[5:30].astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

@@ -43,6 +43,12 @@ def right(folders: Folder) -> tuple[np.ndarray, np.ndarray]:
     return ids, expected(model, ids)
 
 
+@pytest.fixture(name="opened")
+def opened_fixture(opened: Open) -> Open:
+    """In torch, which reads the model and its weights anew in each pass: either may be changed in between."""
+    return lambda folder, **options: opened(folder, **{"engine": "torch", **options})
+
+
 @pytest.fixture
 def session(folders: Folder, opened: Open, right: tuple[np.ndarray, np.ndarray]) -> Session:
     """A session that has just been shown to be right."""

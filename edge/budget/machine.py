@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 
 from edge import __version__
 from edge.budget.plan import Floor
+from edge.engine.choice import choose
 from edge.store.cache import recall, remember
 from loaders.errors import EdgeError, Unsupported
 
@@ -28,6 +30,7 @@ FILE = "machine.json"
 READ_BYTES = 96 << 20
 READ_TRIES = 5
 RECENT = 3600.0
+LIBRARIES = {"ort": "onnxruntime", "torch": "torch", "native": "numpy"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,18 @@ class Known:
 
 
 def key(engine: str, device: str) -> str:
-    """What a floor depends on besides the machine."""
-    library = "onnxruntime" if engine == "ort" else "torch"
+    """What a floor depends on besides the machine: what was asked for, what that comes to, and its library."""
+    chosen = "none"
+    with suppress(EdgeError):
+        chosen = choose(engine, device).engine
+    library = LIBRARIES.get(chosen, "edge-runtime")
     try:
         version = metadata.version(library)
     except metadata.PackageNotFoundError:
         version = "none"
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    return f"{engine} {device} {gpus}, edge {__version__}, {library} {version}, python {platform.python_version()}"
+    asked = f"{engine} {device} {gpus} as {chosen}"
+    return f"{asked}, edge {__version__}, {library} {version}, python {platform.python_version()}"
 
 
 def known_floor(engine: str, device: str) -> Known | None:

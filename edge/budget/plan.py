@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edge.budget.price import Prices, ple_bytes
+from edge.budget.price import ple_bytes
 from edge.budget.price_ort import OrtPrices
+from edge.budget.pricing import CHUNKS, chunks_of, prices_of
 from edge.budget.quality import Losses, Quality, comparable, judges
 from edge.budget.units import format_bytes
 from edge.store.packages import Opened
@@ -26,13 +27,11 @@ from loaders.network.matformer import Slice, sliced
 from loaders.network.spec import Experts, LatentAttention, Model
 from loaders.network.tensors import total
 from loaders.slices import candidates, resolve
-from loaders.weights import Source, kept
+from loaders.weights import Source
 
 KV = ("float32", "bf16", "int8")
 TIERS = ("device", "ram", "ssd")
 CONTEXTS = (4096, 2048, 1024, 512)
-# A GPU wants long chunks; on a CPU they would only cost memory.
-CHUNKS = {"cpu": (256, 64, 16), "cuda": (1024, 512, 256, 64, 16), "mps": (256, 64, 16)}
 # Fewer tokens at a time read the weights of a prompt so often that it shows.
 SHORT = 64
 DEVICE_SLACK = 24 << 20
@@ -44,7 +43,10 @@ STAGING = 80 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """What the user pinned; ``auto`` and None leave it to the planner. Budgets are bytes; None is without limit."""
+    """What the user pinned; ``auto`` and None leave it to the planner. Budgets are bytes; None is without limit.
+
+    ``threads`` is how many compute on a CPU; None is one a core. ``lock`` keeps weights from being paged out.
+    """
 
     budget: int | None = None
     ram_budget: int | None = None
@@ -55,6 +57,8 @@ class Request:
     context: int | None = None
     device: str = "cpu"
     engine: str = "torch"
+    threads: int | None = None
+    lock: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def enumerate_plans(source: Opened, request: Request, floor: Floor, measured: Se
     found: list[tuple[int, Plan]] = []
     for named, quality in zip(slices, judges(model, slices, losses), strict=True):
         small = sliced(model, named.slice)
-        prices = Prices(source, named.slice, small, kept(model, named.slice, small), request.device)
+        prices = prices_of(source, named.slice, small, request)
         for recipe in wanted_recipes(source, request.precision):
             facts = (
                 quality(recipe), prices.bytes_per_token(recipe), prices.experts_bytes(recipe), routing(small),
@@ -182,7 +186,7 @@ def wanted_runs(source: Source, request: Request, recipe: Recipe) -> Iterator[tu
     for order, context in enumerate(wanted_contexts(source.model.context, request.context)):
         for kv in wanted_kv(source.model, recipe, request.kv):
             for tier in wanted_tiers(source, request):
-                yield from ((order, context, kv, tier, min(chunk, context)) for chunk in CHUNKS[request.device])
+                yield from ((order, context, kv, tier, min(chunk, context)) for chunk in chunks_of(request))
 
 
 def package_plans(package: Package, request: Request, floor: Floor) -> list[Plan]:

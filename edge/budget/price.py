@@ -205,30 +205,40 @@ class Prices:
 
     def components(self, recipe: Recipe, kv: str, tier: str, context: int, chunk: int) -> dict[str, int]:
         """What a run holds besides the runtime's own floor and the tokenizer."""
-        key = (chunk, context, kv)
-        if key not in self.activations:
-            self.activations[key] = activation_bytes(self.small, chunk, context, kv, self.device)
-        if (context, kv) not in self.caches:
-            self.caches[context, kv] = kv_bytes(self.small, context, kv)
-        activations = self.activations[key]
-        if self.device == "cuda":
-            activations += cuda_scratch_bytes(self.small, chunk, recipe) - scratch_bytes(self.small)
         return {
             "weights": self.weights_bytes(recipe),
             "ple": 0 if tier == "none" else ple_bytes(self.small, table_kind(self.source, recipe), tier),
-            "kv": self.caches[context, kv],
-            "activations": activations,
+            "kv": self.kv_bytes(kv, context, chunk),
+            "activations": self.activation_bytes(recipe, kv, context, chunk),
         }
+
+    def held(self, tensor: Kept, recipe: Recipe) -> int:
+        """What a tensor takes."""
+        return tensor.nbytes(recipe)
+
+    def kv_bytes(self, kv: str, context: int, chunk: int) -> int:
+        """What the caches take."""
+        if (context, kv) not in self.caches:
+            self.caches[context, kv] = kv_bytes(self.small, context, kv)
+        return self.caches[context, kv]
+
+    def activation_bytes(self, recipe: Recipe, kv: str, context: int, chunk: int) -> int:
+        """What a pass takes."""
+        key = (chunk, context, kv)
+        if key not in self.activations:
+            self.activations[key] = activation_bytes(self.small, chunk, context, kv, self.device)
+        more = cuda_scratch_bytes(self.small, chunk, recipe) - scratch_bytes(self.small) if self.device == "cuda" else 0
+        return self.activations[key] + more
 
     def weights_bytes(self, recipe: Recipe) -> int:
         """All tensors but the per-layer-embedding table."""
         if recipe not in self.weights:
-            self.weights[recipe] = sum(count * kind.nbytes(recipe) for kind, count in self.kinds.items())
+            self.weights[recipe] = sum(count * self.held(kind, recipe) for kind, count in self.kinds.items())
         return self.weights[recipe]
 
     def bytes_per_token(self, recipe: Recipe) -> int:
         """Weights that one decoded token reads: all but an embedding of which one row is used, and idle experts."""
-        unread = 0 if self.small.tied else self.tensors["embed"].nbytes(recipe)
+        unread = 0 if self.small.tied else self.held(self.tensors["embed"], recipe)
         idle = sum(size * (f.experts - f.active) // f.experts for f, size in self.experts(recipe))
         return self.weights_bytes(recipe) - unread - idle
 
@@ -241,7 +251,7 @@ class Prices:
         if recipe not in self.mixtures:
             stacks = [f"experts.{name}" for name in ("gate", "up", "down")]
             self.mixtures[recipe] = [
-                (layer.ffn, sum(self.tensors[f"layers.{i}.{name}"].nbytes(recipe) for name in stacks))
+                (layer.ffn, sum(self.held(self.tensors[f"layers.{i}.{name}"], recipe) for name in stacks))
                 for i, layer in enumerate(self.small.layers)
                 if isinstance(layer.ffn, Experts)
             ]

@@ -13,12 +13,13 @@ from typing import Any
 
 from edge.budget.plan import Floor, Request, split, wanted_runs
 from edge.budget.price import Prices
+from edge.budget.pricing import prices_of
 from loaders.errors import Unsupported, Usage
 from loaders.formats.recipe import Recipe
 from loaders.network.matformer import Slice, full, sliced
 from loaders.network.spec import Model
 from loaders.slices import ranges
-from loaders.weights import Source, kept
+from loaders.weights import Source
 
 # Choices per layer: what is searched grows with their square.
 MOST_WIDTHS = 32
@@ -112,16 +113,20 @@ class Space:
         self.ffn = self.layer_bytes()
         self.shapes = {skip: list(self.capped(skip)) for skip in self.skips}
 
+    def prices(self, part: Slice) -> Prices:
+        """What a slice costs."""
+        return prices_of(self.source, part, sliced(self.model, part), self.request)
+
     def layer_bytes(self) -> tuple[dict[int, int], ...]:
         """Of each source layer: width -> bytes of all its tensors."""
         found: tuple[dict[int, int], ...] = tuple({} for _ in self.grid)
         for level in range(max(map(len, self.grid))):
             widths = [grid[min(level, len(grid) - 1)] for grid in self.grid]
             part = slice_of(self.model, widths)
-            sizes = [0] * len(widths)
-            for name, tensor in kept(self.model, part, sliced(self.model, part)).items():
+            sizes, prices = [0] * len(widths), self.prices(part)
+            for name, tensor in prices.tensors.items():
                 if name.startswith("layers."):
-                    sizes[int(name.split(".", 2)[1])] += tensor.nbytes(self.recipe)
+                    sizes[int(name.split(".", 2)[1])] += prices.held(tensor, self.recipe)
             for held, width, size in zip(found, widths, sizes, strict=True):
                 held[width] = size
         return found
@@ -174,9 +179,7 @@ class Space:
 
     def total(self, part: Slice) -> int:
         """Bytes of the smallest plan of a slice, all that ``--budget`` counts."""
-        small = sliced(self.model, part)
-        prices = Prices(self.source, part, small, kept(self.model, part, small), self.request.device)
-        found = []
+        prices, found = self.prices(part), []
         for _, context, kv, tier, chunk in self.runs:
             priced = prices.components(self.recipe, kv, tier, context, chunk)
             found.append(sum(split(priced, self.floor, tier, self.request.device)[0].values()))

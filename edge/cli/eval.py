@@ -16,7 +16,7 @@ from edge.budget.memory import trim
 from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick, wanted_recipes
 from edge.budget.units import format_bytes
 from edge.cli.model import model_path, say_demo
-from edge.cli.options import F, planning_but, wanted
+from edge.cli.options import THREADS, F, planning_but, wanted
 from edge.cli.show import plan_lines, print_json, progress, stderr, stdout
 from edge.corpus import open_text
 from edge.evaluate import CONTEXT, Score, Text, evaluate, measured_of, read_text, span
@@ -67,6 +67,7 @@ class Result:
 @click.option("--save", is_flag=True, help="Keep the results with the model's pack, for `edge plan` and `run`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the table alone.")
+@THREADS
 @planning_all
 def command(**flags: Any) -> int:
     """Score the text in FILE with MODEL: perplexity, bits per byte and, with --against, what quantization or a
@@ -127,7 +128,7 @@ def combined(source: Opened, flags: dict[str, Any]) -> tuple[list[Request], str 
 
     Raises Usage or Unsupported for what the model does not have.
     """
-    names = ("budget", "ram_budget", "context", "ple", "kv")
+    names = ("budget", "ram_budget", "context", "ple", "kv", "threads")
     want = wanted(**{name: flags[name] for name in names}, slice="auto", precision="auto")
     free = flags["budget"] is not None
     if flags["against"] is not None:
@@ -175,8 +176,8 @@ class Job:
                 span(plan.context, text, self.context(plan), self.flags["stride"])
             if not (self.flags["quiet"] or self.flags["as_json"]):
                 say_demo(self.flags["model"], ready.source.model)
-            if note:
-                self.say(note)
+            for line in filter(None, (note, ready.runtime.note)):
+                self.say(line)
             with self.beside(requests[0], floor) as (reference, floor):
                 for request in known if reference is not None else []:
                     pick(enumerate_plans(ready.source, request, floor), request)
@@ -193,7 +194,8 @@ class Job:
         if against is None:
             yield None, floor
             return
-        whole = Request(request.budget, request.ram_budget, "full", against, context=request.context or CONTEXT)
+        whole = replace(request, slice="full", precision=against, ple="auto", kv="auto")
+        whole = replace(whole, context=request.context or CONTEXT)
         with Session(replace(self.prepared(whole), floor=floor), notify=self.notify) as reference:
             plan = reference.plan
             on_host, on_device = (

@@ -32,6 +32,9 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     ),
 }
 
+THREADS = click.option("-t", "--threads", type=int, metavar="N", help="On a CPU: threads.  [default: as many as cores]")
+LOCK = click.option("--lock", is_flag=True, help="Keep the weights in memory: the system may not page them out.")
+
 
 def planning(command: F) -> F:
     """Everything that decides a plan."""
@@ -58,9 +61,17 @@ class Wanted:
 
 
 def wanted(
-    budget: str | None, ram_budget: str | None, context: int | None, slice: str, precision: str, ple: str, kv: str
+    budget: str | None,
+    ram_budget: str | None,
+    context: int | None,
+    slice: str,
+    precision: str,
+    ple: str,
+    kv: str,
+    threads: int | None = None,
+    lock: bool = False,
 ) -> Wanted:
     """The request that flags make; without a budget, four fifths of what is free."""
     size, note = (parse_bytes(budget), None) if budget is not None else default_budget()
     host = None if ram_budget is None else parse_bytes(ram_budget, "--ram-budget")
-    return Wanted(Request(size, host, slice, precision, ple, kv, context), note)
+    return Wanted(Request(size, host, slice, precision, ple, kv, context, threads=threads, lock=lock), note)

@@ -12,9 +12,10 @@ from edge.budget.units import format_bytes
 from edge.cli.model import model_path, say_demo
 from edge.cli.options import planning, wanted
 from edge.cli.show import distinct, fits, plan_lines, plan_table, print_json, speed_text, stdout, weights_note
+from edge.engine.choice import choose
 from edge.session import open_source, plan_floor
 from edge.store.measured import measured
-from edge.store.packages import weighty
+from edge.store.packages import engine_for, weighty
 from loaders.errors import WontFit, printable
 
 
@@ -46,7 +47,8 @@ def command(model: str | None, as_json: bool, device: str, engine: str, **flags:
         print_json({"model": printable(path), "weights": weighty(source), **found})
     else:
         say_demo(model, source.model)
-        notes = ([want.note] if want.note else []) + weights_note(source)
+        engine_note = choose(engine_for(source, engine), device).note
+        notes = [*filter(None, (want.note, engine_note)), *weights_note(source)]
         show(plans, chosen, request, notes, bandwidth)
     if refusal is not None:
         raise refusal

@@ -14,7 +14,7 @@ import click
 
 from edge.chat import Conversation
 from edge.cli.model import model_path, say_demo, told_apart
-from edge.cli.options import planning, wanted
+from edge.cli.options import LOCK, THREADS, planning, wanted
 from edge.cli.show import plan_lines, print_json, progress, safe, statistics, stderr
 from edge.generate import Event
 from edge.sampling import Sampler, Sampling
@@ -63,6 +63,8 @@ INTERRUPTED = 130
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the text alone.")
+@THREADS
+@LOCK
 @planning
 def command(**flags: Any) -> int:
     """Run MODEL on PROMPT within a memory budget.
@@ -82,7 +84,7 @@ def command(**flags: Any) -> int:
     model, positional = told_apart(flags["model"], flags["prompt"], flags["flag_prompt"])
     path = model_path(model)
     prompt = read_prompt(positional, flags["flag_prompt"])
-    names = ("budget", "ram_budget", "context", "slice", "precision", "ple", "kv")
+    names = ("budget", "ram_budget", "context", "slice", "precision", "ple", "kv", "threads", "lock")
     want = wanted(**{name: flags[name] for name in names})
     loud = not (flags["quiet"] or flags["as_json"])
     check(flags)
@@ -100,8 +102,8 @@ def command(**flags: Any) -> int:
     with session:
         if loud:
             say_demo(model, session.checkpoint.model)
-            if want.note:
-                console.print(want.note, markup=False)
+            for note in filter(None, (want.note, session.runtime.note)):
+                console.print(note, markup=False, soft_wrap=True)
             for line in plan_lines(session.plan, session.request, session.best):
                 console.print(line, markup=False, soft_wrap=True)
         options = sampling(session, flags)

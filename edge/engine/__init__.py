@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from edge.budget.memory import Ledger, bound_malloc
 from edge.budget.nvml import device_used
-from edge.budget.plan import Floor, Plan
 from edge.budget.watch import Tree
+from edge.engine.choice import Choice, choose
+from edge.engine.native import library
+from edge.engine.threads import tell, thread_count
 from edge.store.packages import Opened, verify
 from edge.store.ple import Counters
-from loaders.errors import Unsupported, Usage
+from loaders.errors import Unsupported
 from loaders.formats.package import Package
 from loaders.formats.sharded import Notify
 from loaders.network.matformer import parts
@@ -21,6 +23,7 @@ from loaders.network.tensors import PLE_TABLE
 from loaders.weights import Source, kept
 
 if TYPE_CHECKING:
+    from edge.budget.plan import Floor, Plan
     from edge.engine.base import Engine
 
 MIB = 1 << 20
@@ -30,15 +33,22 @@ STEP = 4 * MIB
 
 @dataclass(frozen=True)
 class Runtime:
-    """An engine's libraries, loaded and warmed up, and the device they will use."""
+    """An engine's libraries, loaded and warmed up, and the device they will use.
+
+    ``threads``: how many compute on a CPU. ``note``: why another engine runs than usually would.
+    """
 
     engine: str
     device: str
     handle: Any
     device_before: int | None
+    threads: int = 1
+    note: str | None = None
 
     def floor(self) -> Floor:
         """What the process tree holds now, before any weight, rounded up: all that the budget will count."""
+        from edge.budget.plan import Floor  # which needs the engines' programs for its prices
+
         with Tree() as tree:
             host = -(-(tree() + MIB) // MIB) * MIB
         return Floor(host, -(-(self.device_delta() or 0) // STEP) * STEP)
@@ -50,21 +60,45 @@ class Runtime:
         return max(0, (device_used() or 0) - self.device_before)
 
 
-def start(engine: str, device: str) -> Runtime:
-    """Loads and warms up an engine. Raises Usage or Unsupported for one this version does not have."""
-    if engine not in ("auto", "torch", "native", "ort"):
-        raise Usage(engine, field="--engine", expected="auto, native, torch or ort")
-    if engine == "native":
-        raise Unsupported("the native engine is not part of this version", field="--engine", expected="auto or torch")
-    bound_malloc()
-    if engine == "ort":
-        return start_ort(device)
-    before = device_before()
-    from edge.engine.torch_start import pick_device, warm_up
+def start(engine: str, device: str, count: int | None = None, lock: bool = False) -> Runtime:
+    """Loads and warms up an engine, which computes with ``count`` threads, or as many as there are cores.
 
-    picked = pick_device(device)
+    Raises Usage or Unsupported for one that is not here, or that cannot ``lock`` weights.
+    """
+    tell(count)
+    chosen = choose(engine, device)
+    if lock and chosen.engine != "native":
+        raise Unsupported(f"the {chosen.engine} engine", field="--lock", expected="the native engine")
+    bound_malloc()
+    if chosen.engine == "ort":
+        return start_ort(device)
+    if chosen.engine == "native":
+        return start_native()
+    runtime = start_torch(chosen, count)
+    if engine == device == "auto" and runtime.device == "cpu" and library.available():
+        return start_native()  # a GPU that torch cannot use
+    return runtime
+
+
+def start_native() -> Runtime:
+    """The compiled engine."""
+    from edge.engine.native_start import use, warm_up
+
+    use(thread_count())
+    warm_up()
+    return Runtime("native", "cpu", None, None, thread_count())
+
+
+def start_torch(chosen: Choice, count: int | None) -> Runtime:
+    """torch, on the device it finds."""
+    before = device_before()
+    from edge.engine.torch_start import pick_device, use_threads, warm_up
+
+    picked = pick_device(chosen.device)
+    if count is not None:
+        use_threads(count)
     warm_up(picked)
-    return Runtime("torch", picked.type, picked, before if picked.type == "cuda" else None)
+    return Runtime("torch", picked.type, picked, before if picked.type == "cuda" else None, thread_count(), chosen.note)
 
 
 def start_ort(device: str) -> Runtime:
@@ -76,7 +110,7 @@ def start_ort(device: str) -> Runtime:
         raise Unsupported(f"no ONNX Runtime: {error}", field="--engine ort", hint=hint) from None
     picked = pick_device(device)
     warm_up()
-    return Runtime("ort", picked, picked, None)
+    return Runtime("ort", picked, picked, None, thread_count())
 
 
 @cache
@@ -86,15 +120,27 @@ def device_before() -> int | None:
 
 
 def load(
-    runtime: Runtime, source: Opened, model: Model, plan: Plan, ledger: Ledger, notify: Notify, room: int | None = None
+    runtime: Runtime,
+    source: Opened,
+    model: Model,
+    plan: Plan,
+    ledger: Ledger,
+    notify: Notify,
+    room: int | None = None,
+    lock: bool = False,
 ) -> tuple[Engine, Counters | None]:
     """Realises a plan: reads the slice's windows, opens its table, makes the cache. ``model`` is the slice's; ``room``
-    the bytes that may still be taken to prepare what later runs find done, None without a limit.
+    the bytes that may still be taken to prepare what later runs find done, None without a limit; ``lock`` keeps
+    weights from being swapped out.
 
-    Raises OverBudget where a GPU has less than the plan says.
+    Raises OverBudget where a GPU has less than the plan says, NotPermitted where the system locks no memory.
     """
     if isinstance(source, Package):
         return realise_package(source, plan, ledger, notify, room)
+    if runtime.engine == "native":
+        from edge.engine.native_load import load_native
+
+        return load_native(source, model, plan, ledger, notify, lock)
     from edge.engine import cuda_memory
 
     if runtime.device == "cuda":

@@ -6,7 +6,6 @@ The toy is written down here as protobuf: the onnx package would cost tens of me
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from edge.budget.memory import trim
+from edge.engine.threads import thread_count
 from loaders.errors import BadCheckpoint, EdgeError, OverBudget, Unsupported, Usage
 
 PROVIDERS = ["CPUExecutionProvider"]
@@ -60,28 +60,11 @@ def require(least: str, file: Path) -> None:
         raise Unsupported(f"ONNX Runtime {ort.__version__}", file=file, field="min_ort", expected=f"{least} or later")
 
 
-def threads() -> int:
-    """As many as this process may run on cores of their own; OMP_NUM_THREADS says otherwise."""
-    named = os.environ.get("OMP_NUM_THREADS", "")
-    if named.isdecimal() and int(named) > 0:
-        return int(named)
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    return max(1, len({siblings(cpu) for cpu in usable}))
-
-
-def siblings(cpu: int) -> str:
-    """What names the core of a CPU: all that share it have the same; the CPU itself where the system does not tell."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
-    except OSError:
-        return str(cpu)
-
-
 def options(count: int | None = None) -> ort.SessionOptions:
     """No arena and no pattern, both of which keep free memory; threads that sleep when there is nothing to do."""
     found = ort.SessionOptions()
     found.enable_cpu_mem_arena = found.enable_mem_pattern = False
-    found.intra_op_num_threads, found.inter_op_num_threads = count or threads(), 1
+    found.intra_op_num_threads, found.inter_op_num_threads = count or thread_count(), 1
     found.log_severity_level = NOTHING
     found.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return found

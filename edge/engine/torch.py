@@ -132,7 +132,6 @@ class TorchEngine:
             self.rows.close()
         # Recorded graphs hold memory of their own, and torch keeps what it freed unless it is told.
         self.rows, self.weights, self.steps = None, {}, {}
-        self.ops.matrices.clear()
         self.cache.layers.clear()
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,49 +1,19 @@
 """Matrices that stay quantized in memory as torch tensors: int8 and int4 codes, one float16 scale per 32 columns.
 
-``loaders/formats/quant.py`` describes the format. Here is what any device can do with it; ``native/blocks.py`` does it
-faster on CPUs and ``cuda_blocks.py`` on CUDA.
+``loaders/formats/quant.py`` describes the format. Here is what any device can do with it; ``cuda_blocks.py`` does it
+faster on CUDA, and on CPUs the native engine does without torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from edge.budget.price import TILE_BYTES
 from loaders.errors import Usage
 
 BLOCK = 32
-# Most vectors that the native kernel multiplies faster than a widened tile and the matrix library would: measured
-# twice to five times as fast at 8 to 32 vectors, level at 64 to 128.
-NATIVE_VECTORS = 64
-
-
-class Native(Protocol):
-    """The same matrix as C kernels see it, by address: ``edge.engine.native.blocks.Matrix``.
-
-    All floats are float32; rows of x and of outputs are whole blocks, zeros beyond ``cols`` in x.
-    """
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def part(self, first: int, rows: int) -> Native: ...
-
-    def multiply(self, x_ptr: int, t: int, x_stride: int, y_ptr: int) -> None: ...
-
-    def multiply_parts(
-        self, count: int, parts_ptr: int, starts_ptr: int, n: int, x_ptr: int, x_stride: int, y_ptr: int
-    ) -> None: ...
-
-    def dequantize(self, first: int, stop: int, out_ptr: int) -> None: ...
-
-    def gather(self, ids_ptr: int, n: int, out_ptr: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -51,8 +21,7 @@ class Blocks:
     """A weight [rows, cols]. With ``nb = ceil(cols / 32)``, both contiguous:
 
     ``codes`` uint8 [rows, nb * 4 * bits]: int8 values; or values + 8 in nibbles, byte j of a block holding j and j + 16
-    ``scales`` float16 [rows, nb]. ``native``, where set, is the same memory on a CPU, and does the work.
-    Raises Usage for tensors that are anything else.
+    ``scales`` float16 [rows, nb]. Raises Usage for tensors that are anything else.
     """
 
     codes: torch.Tensor
@@ -60,7 +29,6 @@ class Blocks:
     bits: int
     rows: int
     cols: int
-    native: Native | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in {4, 8} or self.rows < 1 or self.cols < 1:
@@ -102,9 +70,8 @@ class Blocks:
             raise Usage(index, field="part", expected=f"0 to {count - 1}")
         rows = self.rows // count
         first = index * rows
-        native = None if self.native is None else self.native.part(first, rows)
         codes, scales = (held[first : first + rows] for held in (self.codes, self.scales))
-        return Blocks(codes, scales, self.bits, rows, self.cols, native)
+        return Blocks(codes, scales, self.bits, rows, self.cols)
 
     @property
     def step(self) -> int:
@@ -127,11 +94,7 @@ class Blocks:
     def rows_at(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of ids int64 [t] -> float32 [t, cols]: an embedding lookup."""
         out = torch.empty((len(ids), self.width), device=self.device)
-        if self.native is None:
-            widen(self.codes.index_select(0, ids), self.scales.index_select(0, ids), self.bits, out)
-        elif len(ids):
-            ids = ids.contiguous()
-            self.native.gather(ids.data_ptr(), len(ids), out.data_ptr())
+        widen(self.codes.index_select(0, ids), self.scales.index_select(0, ids), self.bits, out)
         return out[:, : self.cols]
 
     def product(self, x: torch.Tensor, tile: torch.Tensor | None = None) -> torch.Tensor:
@@ -140,10 +103,6 @@ class Blocks:
         ``tile``: scratch for ``step`` widened rows, float32 on this device; made for the call when there is none.
         """
         out = torch.empty((len(x), self.rows), device=self.device)
-        if self.native is not None and 0 < len(x) <= NATIVE_VECTORS:
-            x = functional.pad(x, (0, self.width - self.cols)) if self.width > self.cols else x.contiguous()
-            self.native.multiply(x.data_ptr(), len(x), self.width, out.data_ptr())
-            return out
         tile = self.scratch() if tile is None else tile
         for first in range(0, self.rows, self.step):
             stop = min(first + self.step, self.rows)
@@ -158,10 +117,7 @@ class Blocks:
     def widen(self, first: int, stop: int, tile: torch.Tensor) -> torch.Tensor:
         """Rows [first, stop) into the beginning of a float32 tile -> that part of it, [stop - first, width]."""
         out = tile.view(-1)[: (stop - first) * self.width].view(stop - first, self.width)
-        if self.native is None:
-            widen(self.codes[first:stop], self.scales[first:stop], self.bits, out)
-        elif stop > first:
-            self.native.dequantize(first, stop, out.data_ptr())
+        widen(self.codes[first:stop], self.scales[first:stop], self.bits, out)
         return out
 
 

@@ -5,15 +5,12 @@ A stack is many matrices of one shape [n, out, in]: as values, or quantized as o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from edge.budget.price import TILE_BYTES
-from edge.engine.torch_blocks import NATIVE_VECTORS, Blocks, Native, widen
+from edge.engine.torch_blocks import Blocks, widen
 from loaders.network.spec import Activation, Experts, Router
 
 Stack = torch.Tensor | Blocks
@@ -29,17 +26,6 @@ class Products(Protocol):
     def linear(self, x: torch.Tensor, weight: Stack) -> torch.Tensor: ...
 
     def activation(self, x: torch.Tensor, kind: Activation) -> torch.Tensor: ...
-
-    def native(self, weight: Stack) -> Native | None: ...
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Which rows of x meet which part of a stack of ``of``: ``counts[k]`` rows, one run after another, ``parts[k]``."""
-
-    of: int
-    parts: list[int]
-    counts: list[int]
 
 
 def route(logits: torch.Tensor, bias: torch.Tensor | None, active: int, router: Router) -> torch.Tensor:
@@ -82,56 +68,16 @@ def grouped(
     out = torch.zeros_like(x)
     experts_of, tokens_of = weights.t().nonzero(as_tuple=True)
     shares, at = weights[tokens_of, experts_of, None], 0
-    for runs in together(experts_of, spec.experts, op.native(gate) is not None):
-        stop = at + sum(runs.counts)
-        tokens, share = tokens_of[at:stop], shares[at:stop]
+    found, counts = experts_of.unique_consecutive(return_counts=True)
+    for expert, count in zip(found.tolist(), counts.tolist(), strict=True):
+        tokens, share = tokens_of[at : at + count], shares[at : at + count]
         inner = x.index_select(0, tokens)
         if spec.router.on_input:
             inner = inner * share
-        hidden = op.activation(products(op, inner, gate, runs), spec.activation) * products(op, inner, up, runs)
-        result = products(op, hidden, down, runs)
+        g, u, d = (one(stack, expert, spec.experts) for stack in (gate, up, down))
+        result = op.linear(op.activation(op.linear(inner, g), spec.activation) * op.linear(inner, u), d)
         out.index_add_(0, tokens, result if spec.router.on_input else result * share)
-        at = stop
-    return out
-
-
-def together(experts_of: torch.Tensor, of: int, several: bool) -> Iterator[Runs]:
-    """The experts of ascending ``experts_of`` [n] as runs; where ``several``, those with few tokens share a call."""
-    found, counts = experts_of.unique_consecutive(return_counts=True)
-    runs = Runs(of, [], [])
-    for expert, count in zip(found.tolist(), counts.tolist(), strict=True):
-        alone = not several or count > NATIVE_VECTORS or max(runs.counts, default=0) > NATIVE_VECTORS
-        if runs.parts and (alone or sum(runs.counts) + count > TOGETHER):
-            yield runs
-            runs = Runs(of, [], [])
-        runs.parts.append(expert)
-        runs.counts.append(count)
-    if runs.parts:
-        yield runs
-
-
-def products(op: Products, x: torch.Tensor, stack: Stack, runs: Runs) -> torch.Tensor:
-    """x float32 [n, in] -> [n, out], each run of rows times its own matrix."""
-    native = op.native(stack)
-    if native is not None and max(runs.counts) <= NATIVE_VECTORS:
-        return multiplied(native, x, runs)
-    parts = x.split(runs.counts)
-    found = [op.linear(part, one(stack, index, runs.of)) for part, index in zip(parts, runs.parts, strict=True)]
-    return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def multiplied(matrix: Native, x: torch.Tensor, runs: Runs) -> torch.Tensor:
-    """The same in one call of the compiled kernels."""
-    x = functional.pad(x, (0, matrix.width - x.shape[1])) if matrix.width > x.shape[1] else x.contiguous()
-    starts = [0]
-    for count in runs.counts:
-        starts.append(starts[-1] + count)
-    parts_at, starts_at = torch.tensor(runs.parts), torch.tensor(starts)
-    out = torch.empty((len(x), matrix.rows // runs.of))
-    matrix.multiply_parts(
-        *(runs.of, parts_at.data_ptr(), starts_at.data_ptr(), len(runs.parts)),
-        *(x.data_ptr(), matrix.width, out.data_ptr()),
-    )
+        at += count
     return out
 
 
@@ -181,11 +127,8 @@ def picked(stack: Stack, at: torch.Tensor, spec: Experts) -> torch.Tensor:
 
 def per_head(op: Products, x: torch.Tensor, stack: Stack, fast: bool) -> torch.Tensor:
     """x [t, heads, in], each head times its own matrix of a stack -> float32 [t, heads, out]."""
-    tokens, heads, _ = x.shape
-    turned, native = x.transpose(0, 1), op.native(stack)
-    if native is not None and tokens <= NATIVE_VECTORS:
-        runs = Runs(heads, list(range(heads)), [tokens] * heads)
-        return multiplied(native, turned.flatten(0, 1), runs).view(heads, tokens, -1).transpose(0, 1)
+    heads = x.shape[1]
+    turned = x.transpose(0, 1)
     if isinstance(stack, torch.Tensor) and (fast or stack.dtype == torch.float32):
         return torch.bmm(turned.to(stack.dtype), stack.transpose(1, 2)).float().transpose(0, 1)
     rows, width = stack.shape[-2:] if isinstance(stack, torch.Tensor) else (stack.rows // heads, stack.cols)

@@ -12,8 +12,7 @@ from edge.budget.price import MASK_BYTES, TILE_BYTES
 from edge.engine import kv_int8
 from edge.engine.attend import attend
 from edge.engine.kv import Keys, Stored
-from edge.engine.native.blocks import Matrix, available
-from edge.engine.torch_blocks import NATIVE_VECTORS, Blocks, Native
+from edge.engine.torch_blocks import Blocks
 from edge.engine.torch_experts import TOGETHER, Stack, grouped, per_head, route, selected
 from loaders.network.rotary import amplitude, scaled
 from loaders.network.spec import Activation, Experts, Rope, Router, Temperature
@@ -29,8 +28,6 @@ class TorchOps:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.fast = device, has_fast_bfloat16(device)
-        self.compiled = device.type == "cpu" and available()
-        self.matrices: dict[int, Matrix] = {}
         self.tile = torch.empty(0)
         self.constants: dict[float, torch.Tensor] = {}
         self.frequencies: dict[Rope, torch.Tensor] = {}
@@ -51,31 +48,9 @@ class TorchOps:
             return out.view(*x.shape[:-1], weight.rows)
         if weight.dtype == torch.float32:
             return functional.linear(x, weight)
-        vectors = x.numel() // x.shape[-1]
-        native = self.native(weight) if vectors <= (1 if self.fast else NATIVE_VECTORS) else None
-        if native is not None:
-            x, out = x.contiguous(), torch.empty(*x.shape[:-1], weight.shape[0])
-            native.multiply(x.data_ptr(), vectors, native.width, out.data_ptr())
-            return out
-        if self.fast or x.shape[0] == 1:
+        if self.fast:
             return functional.linear(x.to(weight.dtype), weight).float()
         return self.tiled(x, weight)
-
-    def native(self, weight: Stack) -> Native | None:
-        """A weight as the compiled kernels see it, stacks as one matrix: they read it once, at float32 activations.
-
-        A bf16 one is kept for as long as its form is: nothing else can come to lie at its address.
-        """
-        if isinstance(weight, Blocks):
-            return weight.native
-        if not self.compiled or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
-            return None
-        found = self.matrices.get(weight.data_ptr())
-        rows, cols = weight.numel() // weight.shape[-1], weight.shape[-1]
-        if found is None or (found.rows, found.cols) != (rows, cols):
-            found = Matrix(weight.data_ptr(), 0, 16, rows, cols, 2 * cols, 0, weight.nbytes, 0, keep=weight)
-            self.matrices[weight.data_ptr()] = found
-        return found
 
     def tiled(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [..., in] times a 16-bit weight, widened a tile of rows at a time: few CPUs have bfloat16 arithmetic."""

@@ -16,11 +16,11 @@ from edge.engine.pinned import Pinned
 from edge.engine.torch import TorchEngine
 from edge.engine.torch_blocks import Blocks
 from edge.engine.torch_ple import DeviceRows, PinnedRows, from_records
-from edge.engine.torch_weights import DTYPE, quantized
+from edge.engine.torch_weights import DTYPE
+from edge.engine.toy import toy
 from loaders.errors import Unsupported, Usage
 from loaders.formats.quant import BITS, block_count, code_bytes, record_bytes
 from loaders.formats.recipe import Recipe, recipes, stored_as
-from loaders.network.spec import PLE, AltUp, Attention, Gated, Laurel, Layer, Model, Rope
 from loaders.network.tensors import tensors
 
 
@@ -36,17 +36,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def toy() -> Model:
-    """A model with every mechanism once, small enough that warming up takes less than any model will."""
-    rope = Rope(10_000.0, 32)
-    norms = ("attn_in", "attn_out", "ffn_in", "ffn_out")
-
-    def layer(window: int | None, kv_from: int | None) -> Layer:
-        attention = Attention(4, 2, 32, 1.0, rope, window, "head", True, kv_from)
-        return Layer(attention, Gated(256, "gelu_tanh", 0.5), norms)
-
-    layers = (layer(8, None), layer(None, None), layer(8, 0))
-    return Model("toy", 1024, 128, layers, 1e-6, True, 64, 16.0, 30.0, PLE(64, 16), AltUp(4, 0, True), Laurel(8))
+def use_threads(count: int) -> None:
+    """How many threads torch computes with."""
+    torch.set_num_threads(count)
 
 
 def empty(name: str, shape: tuple[int, ...], recipe: Recipe, device: torch.device) -> torch.Tensor | Blocks:
@@ -56,7 +48,7 @@ def empty(name: str, shape: tuple[int, ...], recipe: Recipe, device: torch.devic
         return torch.zeros(shape, dtype=DTYPE[stored], device=device)
     codes = torch.zeros((shape[0], code_bytes(shape[1], stored)), dtype=torch.uint8, device=device)
     scales = torch.zeros((shape[0], block_count(shape[1])), dtype=torch.float16, device=device)
-    return quantized(codes, scales, BITS[stored], shape)
+    return Blocks(codes, scales, BITS[stored], *shape)
 
 
 def toy_rows(precision: str, device: torch.device) -> DeviceRows:

@@ -25,7 +25,7 @@ from loaders.formats.config import MIB, open_regular, read_json, short, show
 from loaders.formats.safetensors import read_exactly
 
 NAME = "manifest.json"
-FORMAT, VERSION = "edge pack", 1
+FORMAT, VERSION = "edge pack", 2
 MOST = 4 * MIB
 PIECE = 4 * MIB
 HEX = re.compile(r"[0-9a-f]{64}")

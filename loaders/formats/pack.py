@@ -6,7 +6,8 @@
     PACK/ple/           the per-layer-embedding table, one record a token
 
 Each folder has a manifest of its own and is there whole or not at all. A pack holds the full model: every slice is a
-set of windows into it. Weights are safetensors: a quantized tensor NAME is U8 codes NAME and F16 NAME.scale.
+set of windows into it. Weights are safetensors; a quantized tensor is U8, its codes and scales in the panels of
+:mod:`loaders.formats.panels`, and lies before all others, from a multiple of 32 bytes of the file on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from loaders.families import Family, family_of
 from loaders.formats import manifest as manifests
 from loaders.formats.config import Config, read_json, short
 from loaders.formats.measured import Measured, parse
-from loaders.formats.quant import BITS, block_count, code_bytes, record_bytes
+from loaders.formats.panels import panel_bytes, panel_shape
+from loaders.formats.quant import BITS, record_bytes
 from loaders.formats.recipe import Recipe, recipes, stored_as, stored_bytes
 from loaders.formats.safetensors import Shards, Tensor
 from loaders.formats.window import Window
@@ -35,12 +37,9 @@ WEIGHTS = "weights.safetensors"
 VOCAB = "vocab.bin"
 ROOT, BASE, PLE = "root", "base", "ple"
 PARTS = (BASE, *BITS, PLE)
-SCALE = ".scale"
 # Of the root manifest: what was measured of the model's slices.
 MEASURED = "measured"
 SMALL = 1 << 20
-# What safetensors calls the formats a pack stores.
-DTYPES = {"F32": "F32", "BF16": "BF16", "int8": "U8", "int4": "U8"}
 
 
 def part_of(name: str, shape: tuple[int, ...], recipe: Recipe) -> str:
@@ -76,15 +75,14 @@ def stored_tensors(model: Model, part: str, ple: str) -> dict[str, tuple[str, tu
     table = tensors(model)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, stored in contents(model, part).items():
-        shape = flat(table[name])
+        shape = table[name]
         if name == PLE_TABLE:
             assert model.ple is not None
             found[name] = ("U8", (shape[0], len(model.layers) * record_bytes(model.ple.dim, ple)))
         elif stored in BITS:
-            found[name] = ("U8", (shape[0], code_bytes(shape[1], stored)))
-            found[name + SCALE] = ("F16", (shape[0], block_count(shape[1])))
+            found[name] = ("U8", panel_shape(shape, stored))
         else:
-            found[name] = (DTYPES[stored], shape)
+            found[name] = (stored, flat(shape))
     return found
 
 
@@ -170,10 +168,10 @@ class Pack:
 
     @property
     def stored(self) -> dict[str, int]:
-        """Canonical name -> bytes, at the best precision the pack holds."""
+        """Canonical name -> bytes on disk, at the best precision the pack holds."""
         recipe = recipes(next(iter(self.precisions), "int8"))[0]
-        table = tensors(self.model)
-        found = {n: stored_bytes(s, stored_as(n, s, recipe)) for n, s in table.items() if n != PLE_TABLE}
+        table = {n: (s, stored_as(n, s, recipe)) for n, s in tensors(self.model).items() if n != PLE_TABLE}
+        found = {n: panel_bytes(s, kind) if kind in BITS else stored_bytes(s, kind) for n, (s, kind) in table.items()}
         if PLE in self.parts:
             found[PLE_TABLE] = self.table()[1].nbytes
         return found
@@ -184,13 +182,11 @@ class Pack:
             raise MissingFile("not in this pack", file=self.folder / part, hint="Pack the checkpoint with it")
         return self.parts[part]
 
-    def find(self, name: str, recipe: Recipe) -> tuple[Shards, Tensor, Tensor | None, str]:
-        """Where a tensor lies at a recipe: (shards, codes or values, scales or None, format)."""
+    def find(self, name: str, recipe: Recipe) -> tuple[Shards, Tensor, str]:
+        """Where a tensor lies at a recipe: (shards, panels or values, format)."""
         shape = tensors(self.model)[name]
         shards = self.require(part_of(name, shape, recipe))
-        stored = stored_as(name, shape, recipe)
-        # By the format, not by what lies there: a tensor may be called something.scale in its own right.
-        return shards, shards.tensors[name], shards.tensors[name + SCALE] if stored in BITS else None, stored
+        return shards, shards.tensors[name], stored_as(name, shape, recipe)
 
     def table(self) -> tuple[Shards, Tensor]:
         """The per-layer-embedding records."""

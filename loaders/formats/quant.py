@@ -1,7 +1,7 @@
 """Block quantization: symmetric int8 and int4 with one float16 scale per block of 32 columns.
 
-A matrix [rows, cols] is stored as codes and scales, both row-major, so that a window of whole blocks of one is a window
-of the other. With ``nb = ceil(cols / 32)``; columns beyond ``cols`` hold zero codes:
+A matrix [rows, cols] is codes and scales, both row-major; packs hold the same bytes in panels, see
+:mod:`loaders.formats.panels`. With ``nb = ceil(cols / 32)``; columns beyond ``cols`` hold zero codes:
 
 * int8: codes int8 [rows, nb * 32], -127 to 127.
 * int4: codes uint8 [rows, nb * 16]; byte j of a block holds value j in its low nibble and value j + 16 in its high one,
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.errors import BadCheckpoint, Unsupported, Usage
-from loaders.formats.window import Ranges, Window
+from loaders.errors import BadCheckpoint, Unsupported
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
@@ -47,7 +46,7 @@ def code_bytes(cols: int, kind: str) -> int:
 
 
 def quantized_bytes(shape: tuple[int, ...], kind: str) -> int:
-    """Bytes of codes and scales of a matrix."""
+    """Bytes of codes and scales of a matrix, row-major."""
     rows, cols = shape
     return rows * (code_bytes(cols, kind) + SCALE_BYTES * block_count(cols))
 
@@ -89,23 +88,6 @@ def dequantize(codes: npt.NDArray[Any], scales: Scales, kind: str, cols: int) ->
     q = _codes(codes, kind, BLOCK).reshape(rows, nb, BLOCK)
     out: Floats = q * scales.astype(np.float32)[..., None]
     return out.reshape(rows, nb * BLOCK)[:, :cols]
-
-
-def windows(window: Window, kind: str) -> tuple[Window, Window]:
-    """A window of a matrix as windows of its codes (in bytes) and of its scales.
-
-    Column ranges begin at a block; one that ends inside a block takes the whole of it, to be multiplied by zeros.
-    Raises Usage for a range that begins inside a block.
-    """
-    assert window.cols is not None
-    blocks: list[tuple[int, int]] = []
-    for a, b in window.cols:
-        if a % BLOCK:
-            raise Usage(f"columns from {a}", expected=f"a multiple of {BLOCK}, where a block begins")
-        blocks.append((a // BLOCK, block_count(b)))
-    width = BLOCK * BITS[kind] // 8
-    code_cols: Ranges = tuple((a * width, b * width) for a, b in blocks)
-    return Window(window.rows, code_cols), Window(window.rows, tuple(blocks))
 
 
 def record_bytes(dim: int, kind: str) -> int:

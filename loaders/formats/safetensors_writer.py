@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 
@@ -15,12 +15,16 @@ from loaders.formats.buffers import Buffer, as_bytes, write_exactly
 from loaders.formats.config import short
 from loaders.formats.safetensors import ITEMSIZE
 
+# Where the data begins, a multiple of this: what is mapped is aligned for the widest loads.
+ALIGNED = 64
+
 
 class Writer:
     """Streams tensors to a safetensors file that appears, whole and synced, only when the ``with`` block succeeds.
 
     ``specs``: name -> (dtype, shape). Tensors lie in spec order within each item size, larger items first (torch cannot
-    view unaligned data), and may be written in any order, each exactly once.
+    view unaligned data), and may be written in any order, each exactly once. Those of ``first`` lie before all others:
+    the data begins at a multiple of 64 bytes of the file, and where their sizes are multiples of some, so do they.
 
     Raises CannotCreate (no such folder, read-only), ReadFailed (disk full, too large, I/O error), Usage.
     """
@@ -30,6 +34,7 @@ class Writer:
         path: str | os.PathLike[str],
         specs: Mapping[str, tuple[str, Sequence[int]]],
         metadata: Mapping[str, str] | None = None,
+        first: Collection[str] = (),
     ) -> None:
         self.path = os.fspath(path)
         folder, name = os.path.split(self.path)
@@ -40,7 +45,8 @@ class Writer:
         self._written: set[str] = set()
         self._fd = -1
         end = 0
-        for tensor, (dtype, shape) in sorted(specs.items(), key=lambda s: -ITEMSIZE.get(s[1][0], 0)):
+        ranks = {tensor: (tensor not in first, -ITEMSIZE.get(dtype, 0)) for tensor, (dtype, _) in specs.items()}
+        for tensor, (dtype, shape) in sorted(specs.items(), key=lambda spec: ranks[spec[0]]):
             if dtype not in ITEMSIZE or any(n < 1 for n in shape) or tensor == "__metadata__":
                 raise Usage(f"{dtype} {tuple(shape)}", file=self.path, field=short(tensor))
             nbytes = math.prod(shape) * ITEMSIZE[dtype]
@@ -48,7 +54,7 @@ class Writer:
             self._places[tensor] = (end, nbytes)
             end += nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % ALIGNED)
         self._head = len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> Writer:

@@ -1,0 +1,107 @@
+"""What is measured of one engine in one process, the same for each: prefill, decoding, decoding far in, memory.
+
+Runs in edge's environment and in that of its peers: imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+WARM = 16
+# Tokens of a prompt that engines are given at once where it is longer.
+AT_ONCE = 512
+
+
+class Engine(Protocol):
+    """``feed`` appends ids and returns once the logits of the last can be read."""
+
+    def feed(self, ids: Sequence[int]) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """``file``: the weights; ``context``: tokens there must be room for, at least as many as are asked of it.
+
+    ``short``, ``long``: tokens of context after which ``new`` more are decoded; 0: not asked.
+    """
+
+    file: str
+    vocab: int
+    threads: int
+    context: int
+    prompt: int
+    short: int
+    new: int
+    long: int = 0
+
+    def to_json(self) -> str:
+        """For a command line."""
+        return json.dumps(asdict(self))
+
+
+def asked() -> Asked:
+    """The last argument of the command line."""
+    return Asked(**json.loads(sys.argv[-1]))
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Of one run."""
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def decode_tps(engine: Engine, ids: Sequence[int]) -> float:
+    """Tokens a second, one by one; of the median token."""
+    return 1 / statistics.median(seconds(lambda i=i: engine.feed([i])) for i in ids)  # type: ignore[misc]
+
+
+def measure(engine: Engine, what: Asked) -> dict[str, Any]:
+    """Tokens a second: ``prefill_tps``, ``decode_tps`` and, where asked, ``long_tps`` and ``long_prefill_tps``."""
+    ids = random.Random(0).choices(range(4, what.vocab), k=what.context)
+    new = ids[-what.new :]
+    # The first pass of each kind finds pages, threads and code that are not there yet.
+    engine.feed(ids[:WARM])
+    engine.feed(ids[:1])
+    engine.reset()
+    engine.feed(ids[: what.short])
+    found = {"decode_tps": decode_tps(engine, new)}
+    engine.reset()
+    found["prefill_tps"] = what.prompt / seconds(lambda: feed_all(engine, ids[: what.prompt]))
+    if what.long:
+        rest = ids[what.prompt : what.long]
+        found["long_prefill_tps"] = len(rest) / seconds(lambda: feed_all(engine, rest))
+        found["long_tps"] = decode_tps(engine, new)
+    return {**found, **memory()}
+
+
+def feed_all(engine: Engine, ids: Sequence[int]) -> None:
+    """In pieces that every engine takes."""
+    for start in range(0, len(ids), AT_ONCE):
+        engine.feed(ids[start : start + AT_ONCE])
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: the most that it held, and what it holds now, its own and of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = {name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines) if "kB" in rest}
+    return {
+        "peak_bytes": fields["VmHWM"],
+        "anonymous_bytes": fields["RssAnon"],
+        "file_bytes": fields["RssFile"] + fields["RssShmem"],
+    }
+
+
+def report(facts: dict[str, Any]) -> None:
+    """The last line of a process's output."""
+    print(json.dumps(facts), flush=True)
