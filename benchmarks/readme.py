@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.exports import table
+from benchmarks.peers import peers_table
 from edge.budget.plan import TIERS, Floor, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
 from edge.cli.layers import CACHES, cache_kind
@@ -37,7 +38,7 @@ README = ROOT / "README.md"
 CONFIGS = ROOT / "tests" / "configs"
 MIB = 1 << 20
 # The floor of the example plan; a real one is measured where edge runs.
-EXAMPLE_FLOOR = Floor(host=244 * MIB, tokenizer=26 * MIB)
+EXAMPLE_FLOOR = Floor(host=46 * MIB, tokenizer=26 * MIB)
 EXAMPLE_BANDWIDTH = 30e9
 
 
@@ -112,7 +113,7 @@ def slices() -> str:
 def plan() -> str:
     """What `edge plan` prints for E4B on a machine with 3 GB to give."""
     checkpoint = sketch(CONFIGS / "gemma-3n-E4B.json")
-    request = Request(budget=3 * 10**9)
+    request = Request(budget=3 * 10**9, engine="native")
     plans = enumerate_plans(checkpoint, request, EXAMPLE_FLOOR)
     chosen = pick(plans, request)
     out = io.StringIO()
@@ -307,6 +308,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "slices": slices,
     "plan": plan,
     "usage": usage,
+    "peers": peers_table,
     "budgets": budgets,
     "quality": quality,
     "demo-budgets": demo_budgets,

@@ -54,7 +54,7 @@ def formula(monkeypatch: pytest.MonkeyPatch, floor: Floor) -> None:
 def budget_fixture(gemma3n: Path, floor: Floor) -> int:
     """Half-way between what half the width and all of it take."""
     with closing(Checkpoint.open(gemma3n)) as checkpoint:
-        space = Space(checkpoint, recipes("bf16")[0], Request(context=2048), floor)
+        space = Space(checkpoint, recipes("bf16")[0], Request(context=2048, engine="native"), floor)
         return (space.total(space.uniform(1)) + space.total(space.uniform(-1))) // 2
 
 
