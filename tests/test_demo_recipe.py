@@ -107,8 +107,10 @@ def test_edge_gives_the_logits_that_were_trained(folder: Path, params: Params, n
     with torch.no_grad():
         both = [network.logits(params, ids, units).view(len(SLICES), LENGTH, VOCAB).numpy() for network in networks]
     for i, (name, (_, skip)) in enumerate(SLICES.items()):
-        with edge.load(folder, precision="float32", slice=name, context=LENGTH) as session:
-            makers.assert_close(session.logits(ids[i].numpy()), both[skip][i])
+        # Of gates of 32 values one is left: what the last bit of a sum is there, a norm makes a thousand times larger.
+        for engine in ("torch",) if name.startswith("quarter") else ("torch", "native"):
+            with edge.load(folder, precision="float32", slice=name, context=LENGTH, engine=engine) as session:
+                makers.assert_close(session.logits(ids[i].numpy()), both[skip][i])
 
 
 def test_a_sequence_does_not_see_the_others(params: Params, networks: list[Network]) -> None:

@@ -199,7 +199,7 @@ def test_replay_is_the_decoder(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma-3n-E2B", "deepseek-v3"])
 def test_replay_is_the_engine(name: str, folders: Folder, opened: Open) -> None:
-    session = opened(folders(name))
+    session = opened(folders(name), engine="torch")
     session.reset()
     same(player_of(session, 64), PLAN[:6], session.engine.forward)
 
@@ -223,7 +223,7 @@ def same(player: Player, plan: tuple[tuple[int, Want], ...], direct: Callable[[n
 
 @pytest.mark.parametrize("name", ["gemma-3n-E2B", "qwen3-0.6B", "gpt2", "deepseek-v3", "llama-4-scout-17B-16E"])
 def test_replay_against_transformers(name: str, folders: Folder, opened: Open) -> None:
-    session, model = opened(folders(name)), reference(folders(name))
+    session, model = opened(folders(name), engine="torch"), reference(folders(name))
     ids = prompt(session.model.vocab, 40)
     logits, player = expected(model, ids), player_of(session, 40)
     first = player.run(ids[:25], "all")

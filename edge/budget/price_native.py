@@ -36,7 +36,7 @@ ALIGNED = 64
 SAMPLING = 4
 # What the program takes for each of its steps, made and being made; rows of a table on their way, ids.
 STEP_BYTES = 2500
-SLACK = 1 << 20
+SLACK = 3 << 20
 # Layers of a kind: a second one finds holes that the first leaves.
 EACH = 2
 # The formats that decide how a program is made: what of a product is quantized.
