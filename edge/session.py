@@ -76,6 +76,8 @@ class Session:
             self.load(limit)
         except BaseException:
             self.watch.stop()
+            if getattr(self, "source", ready.source) is not ready.source:
+                self.source.close()
             ready.source.close()
             raise
         self.load_s = perf_counter() - begun
@@ -90,7 +92,7 @@ class Session:
         self.model = sliced(self.source.model, self.plan.part)
         self.engine, self.ple = engines.load(
             self.runtime, self.source, self.model, self.plan, self.ledger, self.notify, room_left(limit),
-            self.request.lock,
+            self.request.lock, self.request.mmap,
         )  # fmt: skip
         self.relief = watch.Request(self.engine.relieve)
         self.watch.add_relief(self.relief)
@@ -317,13 +319,15 @@ def load(
     kv: str = "auto",
     threads: int | None = None,
     lock: bool = False,
+    mmap: bool | None = None,
     notify: Notify = quiet,
 ) -> Session:
     """Opens a checkpoint, a pack or a package, plans for ``budget`` (bytes, or text as '2GB'; None is without limit)
     and loads the plan.
 
     Without ``path`` it is the demo model that ships with edge. ``threads``: how many compute on a CPU, one a core
-    unless said. ``lock``: weights may not be paged out.
+    unless said. ``lock``: weights may not be paged out. ``mmap``: they are used where a pack's file is mapped, which
+    processes share; unless said, only where that is as fast.
 
     ``precision="float32", budget=None`` runs a checkpoint exactly. Raises the errors of :mod:`loaders.errors`; WontFit
     before anything is loaded.
@@ -333,7 +337,7 @@ def load(
         budget=None if budget is None else parse_bytes(budget),
         ram_budget=None if ram_budget is None else parse_bytes(ram_budget, "--ram-budget"),
         slice=slice, precision=precision, ple=ple, kv=kv, context=context,
-        threads=threads, lock=lock,
+        threads=threads, lock=lock, mmap=mmap,
     )  # fmt: skip
     return open_session(
         model_path() if path is None else Path(path), request, device, engine, notify=notify, started=started

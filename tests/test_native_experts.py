@@ -397,3 +397,13 @@ def test_scratch_that_is_too_small() -> None:
     spec, rng = Mixture(40, 24, 9, 2, (Kind.INT4, Kind.BF16)), np.random.default_rng(5)
     with pytest.raises(AssertionError, match="scratch"):
         computed(spec, spec.stacks(rng), np.ones((3, 40), np.float32), np.ones((3, 9), np.float32), short=16)
+
+
+def test_scratch_that_is_not_its_own() -> None:
+    """Places in it are followed: nothing else may lie there."""
+    spec, rng = Mixture(40, 24, 9, 2, (Kind.INT4, Kind.BF16)), np.random.default_rng(5)
+    desk, scratch = Desk(3), spec.scratch()
+    views = [desk.view(size) for size in (spec.dim, spec.experts, spec.dim)] + [desk.view(scratch, gap=0)]
+    views[0].at = views[3].at + 2 * scratch
+    with pytest.raises(AssertionError, match="overlap"):
+        desk.run(Op.EXPERTS, views, spec.stacks(rng), [spec.active, spec.activation, 0], 0, views[2:])

@@ -45,7 +45,8 @@ STAGING = 80 << 20
 class Request:
     """What the user pinned; ``auto`` and None leave it to the planner. Budgets are bytes; None is without limit.
 
-    ``threads`` is how many compute on a CPU; None is one a core. ``lock`` keeps weights from being paged out.
+    ``threads`` is how many compute on a CPU; None is one a core. ``lock`` keeps weights from being paged out; ``mmap``
+    is whether they are used in the file's own pages, None where that is no slower.
     """
 
     budget: int | None = None
@@ -59,6 +60,7 @@ class Request:
     engine: str = "torch"
     threads: int | None = None
     lock: bool = False
+    mmap: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 THREADS = click.option("-t", "--threads", type=int, metavar="N", help="On a CPU: threads.  [default: as many as cores]")
+MMAP = click.option("--mmap/--no-mmap", default=None, help="Use weights where a pack's file is mapped.")
 LOCK = click.option("--lock", is_flag=True, help="Keep the weights in memory: the system may not page them out.")
 
 
@@ -70,8 +71,9 @@ def wanted(
     kv: str,
     threads: int | None = None,
     lock: bool = False,
+    mmap: bool | None = None,
 ) -> Wanted:
     """The request that flags make; without a budget, four fifths of what is free."""
     size, note = (parse_bytes(budget), None) if budget is not None else default_budget()
     host = None if ram_budget is None else parse_bytes(ram_budget, "--ram-budget")
-    return Wanted(Request(size, host, slice, precision, ple, kv, context, threads=threads, lock=lock), note)
+    return Wanted(Request(size, host, slice, precision, ple, kv, context, threads=threads, lock=lock, mmap=mmap), note)

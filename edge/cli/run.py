@@ -14,7 +14,7 @@ import click
 
 from edge.chat import Conversation
 from edge.cli.model import model_path, say_demo, told_apart
-from edge.cli.options import LOCK, THREADS, planning, wanted
+from edge.cli.options import LOCK, MMAP, THREADS, planning, wanted
 from edge.cli.show import plan_lines, print_json, progress, safe, statistics, stderr
 from edge.generate import Event
 from edge.sampling import Sampler, Sampling
@@ -65,6 +65,7 @@ INTERRUPTED = 130
 @click.option("-q", "--quiet", is_flag=True, help="Print the text alone.")
 @THREADS
 @LOCK
+@MMAP
 @planning
 def command(**flags: Any) -> int:
     """Run MODEL on PROMPT within a memory budget.
@@ -84,7 +85,7 @@ def command(**flags: Any) -> int:
     model, positional = told_apart(flags["model"], flags["prompt"], flags["flag_prompt"])
     path = model_path(model)
     prompt = read_prompt(positional, flags["flag_prompt"])
-    names = ("budget", "ram_budget", "context", "slice", "precision", "ple", "kv", "threads", "lock")
+    names = ("budget", "ram_budget", "context", "slice", "precision", "ple", "kv", "threads", "lock", "mmap")
     want = wanted(**{name: flags[name] for name in names})
     loud = not (flags["quiet"] or flags["as_json"])
     check(flags)

@@ -128,10 +128,11 @@ def load(
     notify: Notify,
     room: int | None = None,
     lock: bool = False,
+    mmap: bool | None = None,
 ) -> tuple[Engine, Counters | None]:
     """Realises a plan: reads the slice's windows, opens its table, makes the cache. ``model`` is the slice's; ``room``
     the bytes that may still be taken to prepare what later runs find done, None without a limit; ``lock`` keeps
-    weights from being swapped out.
+    weights from being swapped out, ``mmap`` has them used where their file is mapped (the native engine alone).
 
     Raises OverBudget where a GPU has less than the plan says, NotPermitted where the system locks no memory.
     """
@@ -140,7 +141,7 @@ def load(
     if runtime.engine == "native":
         from edge.engine.native_load import load_native
 
-        return load_native(source, model, plan, ledger, notify, lock)
+        return load_native(source, model, plan, ledger, notify, lock, mmap)
     from edge.engine import cuda_memory
 
     if runtime.device == "cuda":

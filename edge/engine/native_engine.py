@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class NativeEngine:
         self.model, self.weights, self.stored, self.rows = model, weights, stored, rows
         self.context, self.most, self.kv = context, chunk, kv
         self.chunk = chunk
-        self.cache = self.caches()
+        self.cache = self.caches(context)
         self.compiled: dict[Want, Compiled] = {}
         self.instructions: dict[Want, Any] = {}
         self.programs: dict[Want, library.Program] = {}
@@ -69,8 +70,7 @@ class NativeEngine:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits [t, vocab] of every position, in a cache of their own."""
-        # As long as the other, so that the program is the same; what is never written takes no memory.
-        cache = self.caches()
+        cache = self.caches(len(ids))
         program = self.program("all", cache)
         out = np.empty((len(ids), self.model.vocab), np.float32)
         for start in range(0, len(ids), self.chunk):
@@ -92,18 +92,14 @@ class NativeEngine:
 
     # Programs
 
-    def caches(self) -> Caches:
-        """Empty ones."""
-        return Caches(self.model, self.context, self.most, self.kv)
+    def caches(self, context: int) -> Caches:
+        """Empty ones for at most ``context`` tokens."""
+        return Caches(self.model, context, self.most, self.kv)
 
     def program(self, want: Want, cache: Caches) -> library.Program:
-        """A program that fills ``cache``, checked."""
+        """A program that fills ``cache``, no longer than the engine's own; checked."""
         if want not in self.compiled:
-            made = self.compiled[want] = compiled(self.model, self.stored, want)
-            self.instructions[want] = made.instructions(self.most, self.cache.capacity)
-            if self.arena.grow(made.arena_floats(self.most, self.cache.capacity)):
-                for other in self.programs.values():
-                    self.arena.place(other)
+            self.compile(want)
         made, instructions = self.compiled[want], self.instructions[want]
         if self.table is None:
             self.constants = made.constants
@@ -117,10 +113,22 @@ class NativeEngine:
             len(made.caches),
         )
         program.chunk, program.out_width, program.out_one = self.most, made.out_width, made.out_one
-        program.vocab, program.context = self.model.vocab, self.context
+        program.vocab, program.context = self.model.vocab, cache.context
         program.ple_row_bytes = 0 if self.rows is None else self.rows.row_bytes
         self.arena.place(program)
         return program
+
+    def compile(self, want: Want) -> None:
+        """Instructions of a pass that gives ``want``, and room for their values."""
+        made = compiled(self.model, self.stored, want)
+        instructions = made.instructions(self.most, self.cache.capacity)
+        floats = made.arena_floats(self.most, self.cache.capacity)
+        if floats > self.arena.floats:
+            # They point into memory that goes; whoever needs one makes it again.
+            self.programs.clear()
+            self.arena.grow(floats)
+        # Steps have become instructions, and take more memory than those.
+        self.compiled[want], self.instructions[want] = replace(made, steps=()), instructions
 
     # Rows, memory
 
@@ -137,10 +145,10 @@ class NativeEngine:
 
     def reset(self) -> None:
         """Empties the cache."""
-        self.cache.start = 0
+        self.cache.reset()
 
     def close(self) -> None:
-        """Releases memory, threads and descriptors."""
+        """Releases memory and descriptors, and the row reader's thread. Those that compute are the process's."""
         if self.rows is not None:
             self.rows.close()
         # Programs point into all the rest.
@@ -156,12 +164,9 @@ class Arena:
     def __init__(self) -> None:
         self.memory, self.floats = np.empty(0, np.float32), 0
 
-    def grow(self, floats: int) -> bool:
-        """Makes room for so many floats; whether it is elsewhere now, and what was there lost."""
-        if floats <= self.floats:
-            return False
+    def grow(self, floats: int) -> None:
+        """Room for so many floats, elsewhere; what was there is lost."""
         self.memory, self.floats = np.empty(floats + ALIGNED // 4, np.float32), floats
-        return True
 
     def place(self, program: library.Program) -> None:
         """Tells a program where its memory is, and checks all of it."""

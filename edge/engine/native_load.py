@@ -17,9 +17,9 @@ from loaders.weights import Source, kept, table_kind
 
 
 def load_native(
-    source: Source, model: Model, plan: Plan, ledger: Ledger, notify: Notify, locked: bool
+    source: Source, model: Model, plan: Plan, ledger: Ledger, notify: Notify, locked: bool, mapped: bool | None = None
 ) -> tuple[NativeEngine, Counters | None]:
-    """``model`` is the slice's; ``locked`` weights stay in memory.
+    """``model`` is the slice's; ``locked`` weights stay in memory; ``mapped`` says how they get there.
 
     Raises ReadFailed, BadCheckpoint, OverBudget, NotPermitted for memory that cannot be locked.
     """
@@ -28,9 +28,14 @@ def load_native(
         ledger.take("ple", plan.bytes["ple"])
         rows = open_rows(source, wanted[PLE_TABLE], plan.ple, plan.bytes["ple"], notify)
     tensors = kept(source.model, plan.part, model)
-    weights = load_weights(source, tensors, wanted, plan.recipe, ledger, notify)
-    if locked:
-        lock(weights.ranges())
+    try:
+        weights = load_weights(source, tensors, wanted, plan.recipe, ledger, notify, mapped)
+        if locked:
+            lock(weights.ranges())
+    except BaseException:
+        if rows is not None:
+            rows.close()
+        raise
     formats = {name: tensor.stored(plan.recipe) for name, tensor in tensors.items()}
     if rows is not None:
         formats[PLE_TABLE] = table_kind(source, plan.recipe)

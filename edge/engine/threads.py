@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 from loaders.errors import Usage
@@ -31,6 +32,7 @@ def thread_count() -> int:
     return max(1, min(len({siblings(cpu) for cpu in usable}), MOST))
 
 
+@cache
 def siblings(cpu: int) -> str:
     """What names the core of a CPU: all that share it have the same; the CPU itself where the system does not tell."""
     try:

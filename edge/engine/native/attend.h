@@ -15,10 +15,6 @@ constexpr int64_t FEW = 8;
 
 static INLINE int64_t partial_floats(int64_t v_dim) { return up(v_dim, 8) * 8 + 8; }
 
-static INLINE int64_t attention_scratch(int64_t heads, int64_t v_dim, int64_t capacity) {
-    return heads * (capacity / RANGE + 2) * partial_floats(v_dim);
-}
-
 /* ---- APPEND ---- */
 
 static INLINE const Cache &cache_of(const Task &task) { return task.program.caches[task.in.number[0]]; }

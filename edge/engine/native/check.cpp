@@ -44,6 +44,7 @@ const char *bad_cache(const Cache &c) {
         return "values";
     if (c.kind != INT8) return nullptr;
     if (c.k_dim % c.group || c.v_dim % c.group || !c.k_scale || !c.v_scale) return "groups";
+    if ((uintptr_t)c.k_scale % 2 || (uintptr_t)c.v_scale % 2) return "alignment";
     if (entries * (c.k_dim / c.group) * 2 > c.k_scale_bytes || entries * (c.v_dim / c.group) * 2 > c.v_scale_bytes)
         return "scales";
     return nullptr;
@@ -98,6 +99,16 @@ struct Checker {
     /* As many rows as another. */
     void like(int a, int b) { need(v(a).one == v(b).one, "rows of views"); }
 
+    /* Past the last float of a view that was found to be inside. */
+    int64_t end(const View &x) const {
+        return x.at + (rows(x) - 1) * x.row + (int64_t)(x.n - 1) * x.step + (x.unit ? x.m - 1 : 0) + 1;
+    }
+
+    /* No float of one between those of the other. */
+    void apart(int a, int b) {
+        if (!why) need(v(a).space != v(b).space || end(v(a)) <= v(b).at || end(v(b)) <= v(a).at, "views that overlap");
+    }
+
     const Weight *weight(int i, int64_t count = -1, int64_t rows = -1, int64_t cols = -1) {
         const int32_t at = in.weight[i];
         if (!need(at >= 0 && at < p.weight_count, "a weight that is not there")) return nullptr;
@@ -139,7 +150,8 @@ struct Checker {
         const int64_t n = x.n, m = x.m;
         const int32_t kind = in.number[0];
         const int64_t codes = kind == INT8 ? 2 + m : kind == INT4 ? 2 + m / 2 : kind == F32 ? 4 * m : 2 * m;
-        need(between(kind, F32, F16) && !(kind == INT4 && m % 2) && n * codes <= p.ple_row_bytes && !x.one, "rows of the table");
+        need(between(kind, F32, F16) && !(kind == INT4 && m % 2) && n * codes <= p.ple_row_bytes && !x.one,
+             "rows of the table");
     }
 
     void linear() {
@@ -213,8 +225,9 @@ struct Checker {
         like(0, 1);
         if (in.weight[0] >= 0) vector(0, x.m);
         const int64_t groups = in.number[3];
-        need(x.n == 1 && x.m <= SCRATCH / 16 && between(in.number[0], 1, x.m) && between(groups, 1, x.m) && x.m % groups == 0 &&
-                 between(in.number[4], 1, groups) && x.m / groups * in.number[4] >= in.number[0], "what is chosen");
+        need(x.n == 1 && x.m <= SCRATCH / 16 && between(in.number[0], 1, x.m) && between(groups, 1, x.m) &&
+                 x.m % groups == 0 && between(in.number[4], 1, groups) &&
+                 x.m / groups * in.number[4] >= in.number[0], "what is chosen");
     }
 
     void experts() {
@@ -227,8 +240,11 @@ struct Checker {
         need(x.n == 1 && chosen.n == 1 && gate->kind == up_->kind && between(active, 1, chosen.m), "experts");
         const auto floats = [](const Weight &w) { return in_panels(w) ? up(w.cols, BLOCK) * QUANT_FLOATS : w.cols; };
         const View &s = out(3);
-        need(s.n == 1 && (s.one || s.row < s.m + 16) && chosen.m <= SCRATCH / 16 && s.m >= active * (floats(*gate) + 2 * width + floats(*down) + dim) + 4 * chosen.m + 64, "scratch");
+        need(s.n == 1 && (s.one || s.row < s.m + 16) && chosen.m <= SCRATCH / 16 &&
+                 s.m >= active * (floats(*gate) + 2 * width + floats(*down) + dim) + 4 * chosen.m + 64, "scratch");
         for (int i = 1; i < 4; i++) like(0, i);
+        /* It has places in it that are followed. */
+        for (int i = 0; i < 3; i++) apart(3, i);
     }
 
     void binary() {

@@ -27,13 +27,19 @@ struct Job {
     void (*work)(void *, int64_t, int64_t, uint8_t *);
     void *context;
     int64_t items, grain;
-    int64_t next;
+    int sharers;
+};
+
+/* Each thread's own stretch of the pieces, one after another as they lie in memory; who is done helps the others. */
+struct alignas(64) Stretch {
+    int64_t next, stop;
 };
 
 /* A job's number, whether it takes no more threads, and how many of them are inside. */
 constexpr uint64_t CLOSED = 1ull << 31, INSIDE = CLOSED - 1;
 uint64_t state = CLOSED;
 Job job;
+Stretch stretches[MOST_THREADS];
 int wanted = 1, workers, sleeping, ending;
 pthread_t threads[MOST_THREADS];
 uint8_t *scratch[MOST_THREADS];
@@ -50,10 +56,13 @@ template <typename T> T get(const T &x) { return __atomic_load_n(&x, __ATOMIC_AC
 
 bool news(uint64_t s, uint64_t seen) { return !(s & CLOSED) && s >> 32 != seen; }
 
-void take(uint8_t *own) {
-    int64_t first;
-    while ((first = __atomic_fetch_add(&job.next, job.grain, __ATOMIC_RELAXED)) < job.items)
-        job.work(job.context, first, first + job.grain < job.items ? first + job.grain : job.items, own);
+void take(int self) {
+    for (int i = 0; i < job.sharers; i++) {
+        Stretch &s = stretches[(self + i) % job.sharers];
+        int64_t first;
+        while ((first = __atomic_fetch_add(&s.next, job.grain, __ATOMIC_RELAXED)) < s.stop)
+            job.work(job.context, first, first + job.grain < s.stop ? first + job.grain : s.stop, scratch[self]);
+    }
 }
 
 /* Waits for a job that this thread has not seen: awake for a moment, then asleep. */
@@ -72,7 +81,8 @@ void await_job(uint64_t seen) {
     pthread_mutex_unlock(&lock);
 }
 
-void *worker(void *own) {
+void *worker(void *argument) {
+    const int self = (int)(intptr_t)argument;
     uint64_t seen = 0;
     while (!get(ending)) {
         await_job(seen);
@@ -80,7 +90,7 @@ void *worker(void *own) {
         if (!news(s, seen)) continue;
         if (!__atomic_compare_exchange_n(&state, &s, s + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) continue;
         seen = s >> 32;
-        take((uint8_t *)own);
+        take(self);
         __atomic_fetch_sub(&state, 1, __ATOMIC_RELEASE);
     }
     return nullptr;
@@ -122,10 +132,12 @@ bool ready() {
         pthread_attr_t attributes;
         pthread_attr_init(&attributes);
         pthread_attr_setstacksize(&attributes, 1 << 18);
-        const int failed = pthread_create(&threads[workers], &attributes, worker, scratch[workers + 1]);
+        const int failed = pthread_create(&threads[workers], &attributes, worker, (void *)(intptr_t)(workers + 1));
         pthread_attr_destroy(&attributes);
-        if (failed) break; /* fewer then */
-        workers++;
+        if (failed)
+            wanted = workers + 1; /* fewer then, and no more attempts */
+        else
+            workers++;
     }
     return true;
 }
@@ -139,9 +151,12 @@ void wake() {
 
 void share() {
     const uint64_t number = (get(state) >> 32) + 1;
+    job.sharers = workers + 1;
+    for (int64_t i = 0; i <= workers; i++)
+        stretches[i] = {job.items * i / (workers + 1), job.items * (i + 1) / (workers + 1)};
     __atomic_store_n(&state, number << 32, __ATOMIC_SEQ_CST);
     wake();
-    take(scratch[0]);
+    take(0);
     __atomic_fetch_or(&state, CLOSED, __ATOMIC_ACQ_REL);
     for (int i = 0; get(state) & INSIDE; i++) {
         PAUSE();
@@ -162,7 +177,7 @@ bool pool_run(int64_t items, int64_t grain, void (*work)(void *, int64_t, int64_
     pthread_mutex_lock(&callers);
     const bool is_ready = ready();
     if (is_ready && items > 0) {
-        job = {work, context, items, grain < 1 ? 1 : grain, 0};
+        job = {work, context, items, grain < 1 ? 1 : grain, 1};
         if (workers && items > job.grain)
             share();
         else
