@@ -146,11 +146,12 @@ def test_threads_change_no_bit(gemma3n: Path, load: Load, precision: str) -> Non
 def test_a_pack_is_run_where_it_lies(gemma3n: Path, load: Load, tmp_path: Path) -> None:
     with closing(open_source(gemma3n)) as source:
         write_pack(source, tmp_path / "pack", ("int4",))
-    by_pack, by_checkpoint = load(tmp_path / "pack"), load(gemma3n, precision="int4")
+    by_pack, by_checkpoint = load(tmp_path / "pack", mmap=True), load(gemma3n, precision="int4", mmap=False)
     assert isinstance(by_pack.source, Pack)
     ids = some_ids(by_pack)
     assert np.array_equal(by_pack.logits(ids), by_checkpoint.logits(ids))
     assert by_pack.engine.weights.files, "panels are mapped"
+    assert not by_checkpoint.engine.weights.files, "panels are read"
 
 
 # Memory
@@ -169,7 +170,7 @@ def mapped_bytes(file: str) -> int:
 
 @pytest.mark.parametrize("part", ["full", "half", "quarter+skip-first-shared"])
 def test_no_page_beside_the_slice_is_resident(folders: Folder, load: Load, part: str) -> None:
-    session = load(folders("gemma-3n-E2B"), precision="int8", slice=part)
+    session = load(folders("gemma-3n-E2B"), precision="int8", slice=part, mmap=True)
     files = session.engine.weights.files
     assert files
     for path, file in files.items():
@@ -204,7 +205,7 @@ def test_a_file_that_became_shorter_is_an_error(gemma3n: Path, tmp_path: Path) -
     weights = tmp_path / "pack" / "int8" / "weights.safetensors"
     os.truncate(weights, 9000)
     with pytest.raises(ReadFailed, match=r"weights\.safetensors"):
-        load_weights(pack, tensors_of, parts(pack.model, part), recipe, Ledger(None, {}), lambda *_: None)
+        load_weights(pack, tensors_of, parts(pack.model, part), recipe, Ledger(None, {}), lambda *_: None, True)
     pack.close()
 
 
