@@ -73,7 +73,17 @@ class Case:
         """What a process measures, without the file; ids are those that every table of the model has."""
         vocab = model.ple.rows if model.ple is not None else model.vocab
         context = -(-(max(self.prompt, self.short, self.long) + self.new) // 256) * 256
-        return Asked("", vocab, threads, context, self.prompt, self.short, self.new, self.long)
+        return Asked(
+            "",
+            vocab,
+            threads,
+            context,
+            self.prompt,
+            self.short,
+            self.new,
+            self.long,
+            "auto" if model.ple is None else "ssd",
+        )
 
 
 CASES = {
@@ -118,7 +128,7 @@ def command(engine: str, what: Asked, options: argparse.Namespace) -> list[str]:
     """The process that measures an engine."""
     if engine in PEERS:
         return [options.peers_python, "-m", PEERS[engine], what.to_json()]
-    return [sys.executable, "-m", "benchmarks.peers_edge", engine, "auto", what.to_json()]
+    return [sys.executable, "-m", "benchmarks.peers_edge", engine, what.ple, what.to_json()]
 
 
 def once(engine: str, what: Asked, options: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Engine(Protocol):
 class Asked:
     """``file``: the weights; ``context``: tokens there must be room for, at least as many as are asked of it.
 
-    ``short``, ``long``: tokens of context after which ``new`` more are decoded; 0: not asked.
+    ``short``, ``long``: tokens of context after which ``new`` more are decoded; 0: not asked. ``ple``: where edge
+    leaves a table of per-layer embeddings.
     """
 
     file: str
@@ -43,6 +44,7 @@ class Asked:
     short: int
     new: int
     long: int = 0
+    ple: str = "auto"
 
     def to_json(self) -> str:
         """For a command line."""

@@ -325,9 +325,9 @@ def load(
     """Opens a checkpoint, a pack or a package, plans for ``budget`` (bytes, or text as '2GB'; None is without limit)
     and loads the plan.
 
-    Without ``path`` it is the demo model that ships with edge. ``threads``: how many compute on a CPU, one a core
-    unless said. ``lock``: weights may not be paged out. ``mmap``: they are used where a pack's file is mapped, which
-    processes share; unless said, only where that is as fast.
+    Without ``path`` it is the demo model that ships with edge. ``threads``: how many compute on a CPU from now on,
+    in sessions that are open too, one a core unless said. ``lock``: weights may not be paged out. ``mmap``: they are
+    used where a pack's file is mapped, which processes share; unless said, only where that is as fast.
 
     ``precision="float32", budget=None`` runs a checkpoint exactly. Raises the errors of :mod:`loaders.errors`; WontFit
     before anything is loaded.

@@ -1,6 +1,6 @@
 """Reading safetensors: headers checked before anything is allocated, sharded folders, reads by offset.
 
-Nothing is mapped: a truncated file is then a short read with a name, not a SIGBUS.
+Nothing is mapped here: a truncated file is then a short read with a name, not a SIGBUS.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-/* Every extent of a program, and that shapes agree: kernels trust both. Sizes are bounded first, so that what is computed
-   with them stays within 64 bits. */
+/* Every extent of a program, and that shapes agree: kernels trust both. Sizes are bounded first, so that what is
+   computed with them stays within 64 bits. */
 
 #include "check.h"
 
@@ -19,7 +19,8 @@ bool in_panels(const Weight &w) { return w.kind == INT4 || w.kind == INT8; }
 /* Why a weight reaches outside its memory, or null. */
 const char *bad_weight(const Weight &w) {
     if (!w.data || !between(w.bytes, 1, 1ll << 46)) return "no memory";
-    if (!between(w.count, 1, MOST_SIZE) || !between(w.rows, 1, MOST_SIZE) || !between(w.cols, 1, MOST_SIZE)) return "sizes";
+    if (!between(w.count, 1, MOST_SIZE) || !between(w.rows, 1, MOST_SIZE) || !between(w.cols, 1, MOST_SIZE))
+        return "sizes";
     if (!between(w.row, 0, MOST) || !between(w.matrix, 0, MOST)) return "strides";
     if (w.kind != F32 && w.kind != BF16 && !in_panels(w)) return "kind";
     const int64_t lines = in_panels(w) ? up(w.rows, PANEL) : w.rows;
@@ -67,9 +68,9 @@ struct Checker {
     /* A view inside its space, its rows those of the pass or one; n x m as wanted, -1 for any. */
     const View &view(int i, int64_t n = -1, int64_t m = -1) {
         const View &x = v(i);
-        if (!need(x.n >= 1 && x.m >= 1 && (x.unit == 0 || x.unit == 1) && (x.one == 0 || x.one == 1), "a view")) return x;
-        if (!need(between(x.at, 0, MOST) && between(x.row, 0, MOST_SIZE) && between(x.step, 0, MOST_SIZE), "a view's strides"))
-            return x;
+        const bool flags = (x.unit == 0 || x.unit == 1) && (x.one == 0 || x.one == 1);
+        const bool strides = between(x.at, 0, MOST) && between(x.row, 0, MOST_SIZE) && between(x.step, 0, MOST_SIZE);
+        if (!need(x.n >= 1 && x.m >= 1 && flags, "a view") || !need(strides, "a view's strides")) return x;
         const int64_t part = (int64_t)(x.n - 1) * x.step + (x.unit ? x.m - 1 : 0) + 1;
         if (x.space == ARENA)
             need(x.at + (rows(x) - 1) * x.row + part <= p.arena_floats, "a view outside the arena");
@@ -329,7 +330,8 @@ int64_t check(const Program &p, char *message, int64_t size) {
 }
 
 bool pass_fits(const Program &p, const Pass &pass) {
-    if (!between(pass.tokens, 1, p.chunk) || !between(pass.start, 0, p.context - pass.tokens) || !pass.ids) return false;
+    if (!between(pass.tokens, 1, p.chunk) || !between(pass.start, 0, p.context - pass.tokens) || !pass.ids)
+        return false;
     for (int64_t i = 0; i < pass.tokens; i++)
         if (pass.ids[i] < 0 || pass.ids[i] >= p.vocab) return false;
     if (p.ple_row_bytes && !pass.ple) return false;

@@ -24,6 +24,8 @@ BLOCK, PANEL = 32, 16
 # Floats of one quantized block of activations.
 QUANT_FLOATS = 34
 VIEWS, NUMBERS, REALS, WEIGHTS = 6, 8, 4, 4
+# The version of program.h.
+CONTRACT = 1
 # Each thread's own.
 SCRATCH = 512 << 10
 NONE = -1
@@ -124,9 +126,9 @@ def _opened() -> tuple[Any, str | None]:
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its arguments declared. Raises AttributeError, OSError for one that is not of this version."""
     lib.edge_size.argtypes, lib.edge_size.restype = (ctypes.c_int,), c_int64
-    for i, structure in enumerate((View, Instruction, Weight, Cache, Program, Pass)):
-        if lib.edge_size(i) != ctypes.sizeof(structure):
-            raise OSError("it was compiled from another version: install edge again")
+    structures = (View, Instruction, Weight, Cache, Program, Pass)
+    if [lib.edge_size(i) for i in range(8)] != [*map(ctypes.sizeof, structures), len(Op), CONTRACT]:
+        raise OSError("it was compiled from another version: install edge again")
     lib.edge_machine.argtypes, lib.edge_machine.restype = (ctypes.c_int,), ctypes.c_char_p
     lib.edge_use.argtypes, lib.edge_use.restype = (ctypes.c_char_p,), ctypes.c_int
     lib.edge_threads.argtypes, lib.edge_threads.restype = (ctypes.c_int,), None

@@ -1,11 +1,13 @@
 /* INT8 and INT4 panels times quantized activations.
 
-   A row of activations keeps 15 bits a value: scale = max|x| / 16256 of its block, q = round(x / scale). Products of a block
-   are whole numbers, exact on any machine; only y += (w_scale * x_scale) * dot is arithmetic of floats, block after block,
-   never fused. So a result is the same to the bit whatever the machine, the number of rows, or of threads.
+   A row of activations keeps 15 bits a value: scale = max|x| / 16256 of its block, q = round(x / scale). Products of
+   a block are whole numbers, exact on any machine; only y += (w_scale * x_scale) * dot is arithmetic of floats,
+   block after block, never fused. So a result is the same to the bit whatever the machine, the number of rows, or of
+   threads.
 
-   Of one quantized row, nb blocks: float scale[nb], int32 sum[nb], int16 q[nb * 32], and for machines that multiply bytes
-   int8 split[nb * 64]: of each block its high parts, then its low parts, q = 128 * high + low, low from -64 to 63. */
+   Of one quantized row, nb blocks: float scale[nb], int32 sum[nb], int16 q[nb * 32], and for machines that multiply
+   bytes int8 split[nb * 64]: of each block its high parts, then its low parts, q = 128 * high + low, low from -64 to
+   63. */
 
 constexpr float MOST_CODE = 16256.0f;
 /* So many rows are multiplied as panels lie, three at a time; more pay for widening codes to 16 bits first. */
@@ -27,8 +29,8 @@ static INLINE Quants quants(float *row, int64_t blocks) {
     return {row, (int32_t *)(row + blocks), (int16_t *)(row + 2 * blocks), (int8_t *)(row + 18 * blocks)};
 }
 
-/* From the bits of the largest |x| of a block: its scale, and what x is multiplied by. What is not finite gives a scale that
-   is not, and zeros: products are then no numbers either. */
+/* From the bits of the largest |x| of a block: its scale, and what x is multiplied by. What is not finite gives a
+   scale that is not, and zeros: products are then no numbers either. */
 static INLINE float block_scale(int32_t bits, float *scale) {
     const float largest = float_of((uint32_t)bits);
     const bool finite = bits < 0x7f800000;

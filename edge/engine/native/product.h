@@ -1,5 +1,5 @@
-/* One product that any kind of weight can be asked for: y[r, i] = sum of x[r, j] w[i, j], for a matrix of `w`. Rows of w are
-   done in units of PANEL; a unit's results depend on nothing but its rows and x. */
+/* One product that any kind of weight can be asked for: y[r, i] = sum of x[r, j] w[i, j], for a matrix of `w`. Rows
+   of w are done in units of PANEL; a unit's results depend on nothing but its rows and x. */
 
 struct Product {
     const Weight *w;

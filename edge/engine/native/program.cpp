@@ -96,8 +96,9 @@ API int edge_run(const Program *program, const Pass *pass) {
     return 0;
 }
 
-/* Sizes of structures, so that library.py knows that it has the same. */
+/* Sizes of structures and what else library.py must have the same. */
 API int64_t edge_size(int which) {
-    const int64_t sizes[] = {sizeof(View), sizeof(Instruction), sizeof(Weight), sizeof(Cache), sizeof(Program), sizeof(Pass)};
-    return which >= 0 && which < 6 ? sizes[which] : 0;
+    const int64_t sizes[] = {sizeof(View),    sizeof(Instruction), sizeof(Weight), sizeof(Cache),
+                             sizeof(Program), sizeof(Pass),        OPS,            CONTRACT};
+    return which >= 0 && which < 8 ? sizes[which] : 0;
 }

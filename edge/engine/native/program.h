@@ -1,8 +1,10 @@
-/* What the engine runs: a list of instructions over one arena of float32 values, compiled once from the recorded graph
-   (edge/engine/native/compile.py) and checked once (check.cpp). Mirrored by the ctypes structures of library.py.
+/* What the engine runs: a list of instructions over one arena of float32 values, compiled once from the recorded
+   graph (edge/engine/native/compile.py) and checked once (check.cpp). Mirrored by the ctypes structures of
+   library.py.
 
-   Values are [rows][n][m] views of the arena. Rows are the tokens of a pass, up to `chunk` of them, or one: what is left
-   once only the last token goes on. Weights, caches and scratch are memory that Python owns and hands over by address. */
+   Values are [rows][n][m] views of the arena. Rows are the tokens of a pass, up to `chunk` of them, or one: what is
+   left once only the last token goes on. Weights, caches and scratch are memory that Python owns and hands over by
+   address. */
 
 #pragma once
 
@@ -20,6 +22,8 @@ constexpr int PANEL = 16; /* rows that lie together */
 constexpr int64_t PANEL_BYTES_4 = 32 + 256, PANEL_BYTES_8 = 32 + 512;
 /* Floats of one quantized block of activations; see panels.h. */
 constexpr int64_t QUANT_FLOATS = 34;
+/* Raised by whatever changes what an instruction means: a module that was compiled before is refused. */
+constexpr int CONTRACT = 1;
 constexpr int VIEWS = 6, NUMBERS = 8, FLOATS = 4, WEIGHTS = 4;
 
 enum Op : int32_t {
@@ -29,8 +33,8 @@ enum Op : int32_t {
     PLE_ROWS,
     /* view 0: x [rows, n, m] -> view 1: every m of it as ceil(m / 32) quantized blocks, QUANT_FLOATS floats each. */
     QUANTIZE,
-    /* view 0: x (quantized where weights are INT8 or INT4) [rows, cols]; number 0: how many products, at most 4, of x with
-       weights 0.. into views 1..: [rows, rows of the weight]. All the weights are of one Kind. */
+    /* view 0: x (quantized where weights are INT8 or INT4) [rows, cols]; number 0: how many products, at most 4, of
+       x with weights 0.. into views 1..: [rows, rows of the weight]. All the weights are of one Kind. */
     LINEAR,
     /* view 0: x [rows, heads, cols] (quantized likewise), weight 0: a stack of `heads` matrices, view 1: out. */
     HEAD_LINEAR,
@@ -44,11 +48,13 @@ enum Op : int32_t {
     RMS,
     /* view 0: out [rows, 1, dim]: cos of dim / 2 angles, then sin, times float 0; weight 0: frequencies [dim / 2]. */
     ROTATION,
-    /* view 0: x [rows, heads, m] -> view 1; view 2: a ROTATION of number 0 values; number 1: 1 where pairs are 2i, 2i + 1. */
+    /* view 0: x [rows, heads, m] -> view 1; view 2: a ROTATION of number 0 values; number 1: 1 where pairs are 2i,
+       2i + 1. */
     ROPE,
     /* view 0: x -> view 1, times 1 + float 0 * ln(1 + floor((position + 1) / number 0)). */
     TEMPERATURE,
-    /* view 0: k [rows, heads, dim]; view 1: v (for a latent cache: view 0 alone, [rows, 1, entry]); number 0: the cache. */
+    /* view 0: k [rows, heads, dim]; view 1: v (for a latent cache: view 0 alone, [rows, 1, entry]); number 0: the
+       cache. */
     APPEND,
     /* view 0: q [rows, heads, dim] -> view 1 [rows, heads, value dim]; number 0: the cache; 1: window, 2: chunk, 0 for
        none; float 0: scale; view 2: scratch of one row: see attend.h. */
@@ -63,8 +69,8 @@ enum Op : int32_t {
     ACTIVATION,
     /* view 0: x -> view 1, over m; float 0: cut. */
     GAUSSIAN_TOPK,
-    /* view 0: a, view 1: b (broadcast by strides of 0) -> view 2; number 0: Arithmetic; number 1: 1 where b is float 0, 2
-       where b is weight 0 [m]; number 2: an Activation of a first. */
+    /* view 0: a, view 1: b (broadcast by strides of 0) -> view 2; number 0: Arithmetic; number 1: 1 where b is float
+       0, 2 where b is weight 0 [m]; number 2: an Activation of a first. */
     BINARY,
     /* view 0 -> view 1, of the same n and m. A view of all rows to one of one row: the last row. */
     COPY,
@@ -76,7 +82,8 @@ enum Arithmetic : int32_t { ADD, SUB, MUL, DIV };
 enum Activation : int32_t { NONE, SILU, GELU_TANH, TANH };
 enum Space : int32_t { ARENA, OUTPUT }; /* OUTPUT: the caller's logits */
 
-/* float32 [rows][n][m], strides in floats. `one`: a single row, whatever the pass has. `unit` 0: m repeats one value. */
+/* float32 [rows][n][m], strides in floats. `one`: a single row, whatever the pass has. `unit` 0: m repeats one
+   value. */
 struct View {
     int64_t at, row, step;
     int32_t n, m, unit, one, space, unused;
@@ -90,10 +97,10 @@ struct Instruction {
     float real[FLOATS];
 };
 
-/* `count` matrices [rows, cols], `matrix` bytes apart. INT8 and INT4 lie in panels of 16 rows, `row` bytes apart, each
-   ceil(cols / 32) blocks: scales fp16 [16], then codes. Of INT8 code (r, c) is byte 64 * (c / 4) + 4 * r + c % 4; of INT4
-   byte 64 * (c % 16 / 4) + 4 * r + c % 4, its low nibble for c < 16 and its high one beyond, as code + 8. F32 and BF16
-   are rows, `row` bytes apart. A vector is a matrix of one row. */
+/* `count` matrices [rows, cols], `matrix` bytes apart. INT8 and INT4 lie in panels of 16 rows, `row` bytes apart,
+   each ceil(cols / 32) blocks: scales fp16 [16], then codes. Of INT8 code (r, c) is byte 64 * (c / 4) + 4 * r + c %
+   4; of INT4 byte 64 * (c % 16 / 4) + 4 * r + c % 4, its low nibble for c < 16 and its high one beyond, as code + 8.
+   F32 and BF16 are rows, `row` bytes apart. A vector is a matrix of one row. */
 struct Weight {
     const uint8_t *data;
     int64_t bytes; /* that may be read from data */
@@ -148,9 +155,9 @@ struct Task {
     INLINE const Weight &weight(int i) const { return program.weights[in.weight[i]]; }
 };
 
-/* An instruction is done in phases, each `items` pieces of work that threads share: work(task, first, stop, scratch) does
-   pieces [first, stop). What a piece computes depends on nothing but the piece. `cost`: bytes that a piece moves, or as
-   long a time. `scratch`: SCRATCH bytes of the thread's own, aligned to 64. */
+/* An instruction is done in phases, each `items` pieces of work that threads share: work(task, first, stop, scratch)
+   does pieces [first, stop). What a piece computes depends on nothing but the piece. `cost`: bytes that a piece
+   moves, or as long a time. `scratch`: SCRATCH bytes of the thread's own, aligned to 64. */
 constexpr int64_t SCRATCH = 512 << 10;
 
 struct Phase {

@@ -1,6 +1,6 @@
-/* Eight floats at a time, on whatever machine the including file is compiled for. Included once per file of kernels, inside
-   namespace edge::ISA: everything here is of that file alone, for copies that the linker merges may be for another
-   machine. No std:: functions for the same reason. */
+/* Eight floats at a time, on whatever machine the including file is compiled for. Included once per file of kernels,
+   inside namespace edge::ISA: everything here is of that file alone, for copies that the linker merges may be for
+   another machine. No std:: functions for the same reason. */
 
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v8_any __attribute__((vector_size(32), aligned(4), may_alias));
