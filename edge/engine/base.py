@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from edge.budget.memory import trim
 from loaders.network.ops import Want
 
 
@@ -41,3 +42,30 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Releases memory, threads and descriptors."""
+
+
+class Streaming:
+    """What engines do alike that have one cache, and rows of a table or None."""
+
+    rows: Any
+    cache: Any
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return self.cache.start
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """Starts the read of the next tokens' rows as soon as they are known."""
+        if self.rows is not None:
+            self.rows.prefetch(ids)
+
+    def relieve(self) -> int:
+        """Shrinks the row cache and hands free heap pages back."""
+        freed = 0 if self.rows is None else self.rows.relieve()
+        trim()
+        return freed
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self.cache.reset()

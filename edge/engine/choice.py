@@ -62,7 +62,8 @@ def native(device: str) -> Choice:
 def torch(device: str) -> Choice:
     """torch, on a device it will look for itself. Raises Unsupported where it is not installed."""
     if not installed():
-        raise Unsupported("torch is not installed", field="--engine torch", hint=INSTALL)
+        field = f"--device {device}" if device in ("cuda", "mps") else "--engine torch"
+        raise Unsupported("torch is not installed", field=field, hint=INSTALL)
     return Choice("torch", device)
 
 

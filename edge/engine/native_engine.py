@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edge.budget.memory import trim
+from edge.engine.base import Streaming
 from edge.engine.native import library
 from edge.engine.native.compile import Compiled, compiled
 from edge.engine.native_kv import Caches
@@ -22,7 +23,7 @@ from loaders.network.spec import Model
 ALIGNED = 64
 
 
-class NativeEngine:
+class NativeEngine(Streaming):
     """``stored``: the format of a weight, or of the table's rows, by canonical name. ``chunk``: most tokens at once.
 
     Programs are compiled when they are first needed; they share the weights and one arena. Not thread-safe.
@@ -51,11 +52,6 @@ class NativeEngine:
         self.table: Any = None
         self.arena = Arena()
         self.programs["last"] = self.program("last", self.cache)
-
-    @property
-    def position(self) -> int:
-        """Tokens in the cache."""
-        return self.cache.start
 
     def forward(self, ids: np.ndarray, want: Want, ahead: Sequence[int] = ()) -> np.ndarray:
         """Appends one chunk of ids to the cache; float32 logits of all, of the last, or [0, vocab] for none.
@@ -131,21 +127,6 @@ class NativeEngine:
         self.compiled[want], self.instructions[want] = replace(made, steps=()), instructions
 
     # Rows, memory
-
-    def prefetch(self, ids: Sequence[int]) -> None:
-        """Starts the read of the next tokens' rows as soon as they are known."""
-        if self.rows is not None:
-            self.rows.prefetch(ids)
-
-    def relieve(self) -> int:
-        """Shrinks the row cache and hands free heap pages back."""
-        freed = 0 if self.rows is None else self.rows.relieve()
-        trim()
-        return freed
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        self.cache.reset()
 
     def close(self) -> None:
         """Releases memory and descriptors, and the row reader's thread. Those that compute are the process's."""

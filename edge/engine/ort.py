@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from edge.budget.memory import trim
 from edge.budget.price_ort import capacity
+from edge.engine.base import Streaming
 from edge.engine.ort_pages import Pages
 from edge.engine.ort_ple import Rows
 from edge.engine.ort_start import ERRORS, options, refused, started
@@ -89,7 +90,7 @@ def empty(spec: TensorSpec) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape_of(spec, 0), DTYPES[spec.dtype]))
 
 
-class OrtEngine:
+class OrtEngine(Streaming):
     """``rows``: None for models without per-layer embeddings. ``chunk``: most tokens run at once. Not thread-safe."""
 
     name, device = "ort", "cpu"
@@ -117,11 +118,6 @@ class OrtEngine:
         ple = package.model.ple
         shape = (chunk, len(package.model.layers), ple.dim) if rows is not None and ple is not None else (0, 0, 0)
         self.inputs = np.empty(shape, np.float32)
-
-    @property
-    def position(self) -> int:
-        """Tokens in the cache."""
-        return self.cache.start
 
     def forward(self, ids: np.ndarray, want: Want, ahead: Sequence[int] = ()) -> np.ndarray:
         """Appends one chunk of ids to the cache; float32 logits of all, of the last, or [0, vocab] for none.
@@ -191,21 +187,10 @@ class OrtEngine:
         self.rows.gather(ids, found)
         return found
 
-    def prefetch(self, ids: Sequence[int]) -> None:
-        """Starts the read of the next tokens' rows as soon as they are known."""
-        if self.rows is not None:
-            self.rows.prefetch(ids)
-
     def relieve(self) -> int:
-        """Shrinks the row cache, gives back touched rows of mapped tables and free heap pages."""
-        freed = 0 if self.rows is None else self.rows.relieve()
+        """Gives back touched rows of mapped tables as well."""
         self.pages.drop()
-        trim()
-        return freed
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        self.cache.reset()
+        return super().relieve()
 
     def close(self) -> None:
         """Releases memory, threads and descriptors."""

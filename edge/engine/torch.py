@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from edge.budget.memory import trim
+from edge.engine.base import Streaming
 from edge.engine.cuda_memory import refusals
 from edge.engine.kv import KINDS, KVCache
 from edge.engine.static import StaticStep, bucket
@@ -22,7 +22,7 @@ from loaders.network.ops import Cache, Want
 from loaders.network.spec import Model
 
 
-class TorchEngine:
+class TorchEngine(Streaming):
     """``weights``: canonical name -> tensor. ``chunk``: most tokens run at once. Not thread-safe."""
 
     name = "torch"
@@ -47,11 +47,6 @@ class TorchEngine:
         # Eager launches would cost a GPU several times the work itself; a CPU has nothing to gain.
         self.graphs = device.type == "cuda"
         self.steps: dict[int, StaticStep] = {}
-
-    @property
-    def position(self) -> int:
-        """Tokens in the cache."""
-        return self.cache.start
 
     def forward(self, ids: np.ndarray, want: Want, ahead: Sequence[int] = ()) -> np.ndarray:
         """Appends one chunk of ids to the cache; float32 logits of all, of the last, or [0, vocab] for none.
@@ -110,21 +105,6 @@ class TorchEngine:
         if self.rows is None or self.model.ple is None:
             return None
         return self.rows.gather(ids)
-
-    def prefetch(self, ids: Sequence[int]) -> None:
-        """Starts the read of the next tokens' rows as soon as they are known."""
-        if self.rows is not None:
-            self.rows.prefetch(ids)
-
-    def relieve(self) -> int:
-        """Shrinks the row cache and hands free heap pages back."""
-        freed = 0 if self.rows is None else self.rows.relieve()
-        trim()
-        return freed
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        self.cache.reset()
 
     def close(self) -> None:
         """Releases memory, threads and descriptors."""

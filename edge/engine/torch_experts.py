@@ -125,7 +125,7 @@ def picked(stack: Stack, at: torch.Tensor, spec: Experts) -> torch.Tensor:
     return out[:, : stack.cols].view(len(at), -1, stack.cols)
 
 
-def per_head(op: Products, x: torch.Tensor, stack: Stack, fast: bool) -> torch.Tensor:
+def per_head(x: torch.Tensor, stack: Stack, fast: bool) -> torch.Tensor:
     """x [t, heads, in], each head times its own matrix of a stack -> float32 [t, heads, out]."""
     heads = x.shape[1]
     turned = x.transpose(0, 1)

@@ -73,7 +73,7 @@ class TorchOps:
         return self.tile
 
     def head_linear(self, x: torch.Tensor, weight: Stack) -> torch.Tensor:
-        return per_head(self, x, weight, self.fast)
+        return per_head(x, weight, self.fast)
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.matmul(a, b)

@@ -28,7 +28,6 @@ namespace any {
 #define EDGE_X86
 #define EDGE_FMA
 #define EDGE_F16C
-#define EDGE_AVX2
 namespace avx2 {
 EDGE_TARGET("avx2,fma,f16c")
 #include "probe.h"

@@ -3,16 +3,10 @@
 /* Keeps the compiler from doing all multiplications first and spilling what they give: 63 GMAC/s instead of 36. */
 #define IN_ORDER(a, b) __asm__ volatile("" : "+x"(a), "+x"(b))
 
-static INLINE __m256i spread4(const int8_t *p) {
+static INLINE __m256i spread4(const void *p) {
     int32_t four;
     memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
-}
-
-static INLINE __m256i spread_pair(const int16_t *p) {
-    int32_t two;
-    memcpy(&two, p, 4);
-    return _mm256_set1_epi32(two);
 }
 
 static INLINE __m256i bytes(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
@@ -91,7 +85,7 @@ static INLINE Dots halves(__m512i x) {
     return {(v8i)_mm512_castsi512_si256(x), (v8i)_mm512_extracti64x4_epi64(x, 1)};
 }
 
-static INLINE __m512i spread16(const int8_t *p) {
+static INLINE __m512i spread16(const void *p) {
     int32_t four;
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
@@ -133,7 +127,7 @@ static INLINE void dots16(const int16_t *codes, const int16_t *const *q, Dots *d
     for (int c = 0; c < 16; c++) {
         const __m512i w = _mm512_loadu_si512(codes + 32 * c);
         for (int r = 0; r < R; r++)
-            sums[r] = _mm512_dpwssd_epi32(sums[r], w, spread16((const int8_t *)(q[r] + 2 * c)));
+            sums[r] = _mm512_dpwssd_epi32(sums[r], w, spread16(q[r] + 2 * c));
     }
     for (int r = 0; r < R; r++) dots[r] = halves(sums[r]);
 }
@@ -155,7 +149,7 @@ static INLINE void dots16(const int16_t *codes, const int16_t *const *q, Dots *d
     for (int c = 0; c < 16; c++) {
         const __m256i a = bytes(codes + 32 * c), b = bytes(codes + 32 * c + 16);
         for (int r = 0; r < R; r++) {
-            const __m256i x = spread_pair(q[r] + 2 * c);
+            const __m256i x = spread4(q[r] + 2 * c);
             low[r] = add_pairs(low[r], a, x);
             high[r] = add_pairs(high[r], b, x);
             IN_ORDER(low[r], high[r]);

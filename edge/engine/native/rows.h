@@ -270,8 +270,7 @@ static void embed_work(const Task &t, int64_t first, int64_t stop, uint8_t *) {
     const View &out = t.in.view[0];
     const Weight &w = t.weight(0);
     for (int64_t row = first; row < stop; row++) {
-        const int64_t token = out.one ? t.pass.tokens - 1 : row;
-        const int64_t id = t.in.number[0] ? t.position(out, row) : t.pass.ids[token];
+        const int64_t id = t.in.number[0] ? t.position(out, row) : t.pass.ids[row];
         if (quantized(w))
             panel_row(w, id, t.at(out, row));
         else
@@ -301,8 +300,7 @@ static void ple_rows_work(const Task &t, int64_t first, int64_t stop, uint8_t *)
     const bool record = kind == INT8 || kind == INT4;
     const int64_t bytes = kind == INT8 ? 2 + out.m : kind == INT4 ? 2 + out.m / 2 : kind == F32 ? 4 * out.m : 2 * out.m;
     for (int64_t i = first; i < stop; i++) {
-        const int64_t token = out.one ? t.pass.tokens - 1 : i / out.n;
-        const uint8_t *p = t.pass.ple + token * t.program.ple_row_bytes + i % out.n * bytes;
+        const uint8_t *p = t.pass.ple + i / out.n * t.program.ple_row_bytes + i % out.n * bytes;
         float *y = part_of(t, out, i);
         if (record)
             record_floats(p, y, out.m, kind);
