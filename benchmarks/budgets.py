@@ -23,8 +23,8 @@ import numpy as np
 
 from edge.budget.machine import measured_bandwidth
 from edge.budget.units import format_bytes, parse_bytes
+from edge.profile import box as boxed
 from loaders.errors import WontFit
-from tests import boxed
 
 REFUSED = 80
 

@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks import peers_gguf
 from benchmarks.peers_measure import Asked
+from edge.profile import gguf as gguf_file
 from loaders.network.spec import Model
 from loaders.sketch import sketch
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "tests" / "configs"
+CONFIGS = ROOT / "loaders" / "configs"
 RESULTS = Path(__file__).parent / "results" / "peers.jsonl"
 # The yardstick, and who else there is.
 PEER, OPENVINO = "llama.cpp", "openvino"
@@ -170,7 +170,7 @@ def written(config: Path, gguf: Path) -> Path:
     if not gguf.exists():
         say(f"{config.stem}: writing a GGUF file")
         partial = gguf.with_suffix(".partial")
-        peers_gguf.write(sketch(config).model, partial)
+        gguf_file.write(sketch(config).model, partial)
         partial.rename(gguf)
     return gguf
 
@@ -221,7 +221,7 @@ def measure(case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]
                 continue
             runs[engine].append(found)
             say(f"{case.name}, {engine}, {turn + 1} of {options.repeats}: {summary(found)}")
-    size = peers_gguf.bytes_per_token(model)
+    size = gguf_file.bytes_per_token(model)
     facts = {"threads": options.threads, "bytes_per_token": size, **machine()}
     for engine, turns in runs.items():
         yield summed(case, engine, turns, facts)

@@ -1,6 +1,6 @@
 """What is measured of one engine in one process, the same for each: prefill, decoding, decoding far in, memory.
 
-Runs in edge's environment and in that of its peers: imports nothing but the standard library.
+Runs in edge's environment and in that of its peers: imports nothing that imports more than the standard library.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from time import perf_counter
 from typing import Any, Protocol
 
+from edge.profile.peer_child import decode, feed_all, memory
+
 WARM = 16
-# Tokens of a prompt that engines are given at once where it is longer.
-AT_ONCE = 512
 
 
 class Engine(Protocol):
@@ -56,16 +54,15 @@ def asked() -> Asked:
     return Asked(**json.loads(sys.argv[-1]))
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Of one run."""
-    start = perf_counter()
-    run()
-    return perf_counter() - start
-
-
 def decode_tps(engine: Engine, ids: Sequence[int]) -> float:
     """Tokens a second, one by one; of the median token."""
-    return 1 / statistics.median(seconds(lambda i=i: engine.feed([i])) for i in ids)  # type: ignore[misc]
+    return 1 / statistics.median(decode(engine, ids))
+
+
+def prefill_tps(engine: Engine, ids: Sequence[int]) -> float:
+    """Tokens a second, as many at once as engines are given."""
+    tokens, seconds = feed_all(engine, ids)[-1]
+    return tokens / seconds
 
 
 def measure(engine: Engine, what: Asked) -> dict[str, Any]:
@@ -79,29 +76,12 @@ def measure(engine: Engine, what: Asked) -> dict[str, Any]:
     engine.feed(ids[: what.short])
     found = {"decode_tps": decode_tps(engine, new)}
     engine.reset()
-    found["prefill_tps"] = what.prompt / seconds(lambda: feed_all(engine, ids[: what.prompt]))
+    found["prefill_tps"] = prefill_tps(engine, ids[: what.prompt])
     if what.long:
         rest = ids[what.prompt : what.long]
-        found["long_prefill_tps"] = len(rest) / seconds(lambda: feed_all(engine, rest))
+        found["long_prefill_tps"] = prefill_tps(engine, rest)
         found["long_tps"] = decode_tps(engine, new)
     return {**found, **memory()}
-
-
-def feed_all(engine: Engine, ids: Sequence[int]) -> None:
-    """In pieces that every engine takes."""
-    for start in range(0, len(ids), AT_ONCE):
-        engine.feed(ids[start : start + AT_ONCE])
-
-
-def memory() -> dict[str, int]:
-    """Bytes of this process: the most that it held, and what it holds now, its own and of files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = {name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines) if "kB" in rest}
-    return {
-        "peak_bytes": fields["VmHWM"],
-        "anonymous_bytes": fields["RssAnon"],
-        "file_bytes": fields["RssFile"] + fields["RssShmem"],
-    }
 
 
 def report(facts: dict[str, Any]) -> None:

@@ -20,8 +20,10 @@ from rich.console import Console
 
 from benchmarks.exports import table
 from benchmarks.peers import peers_table
-from edge.budget.plan import TIERS, Floor, Request, enumerate_plans, pick
+from benchmarks.profile import profile_table
+from edge.budget.plan import Floor, Plan, Request, enumerate_plans, pick
 from edge.budget.units import format_bytes
+from edge.budget.wanted import TIERS
 from edge.cli.layers import CACHES, cache_kind
 from edge.cli.show import parameters, plan_lines, plan_table
 from loaders.families import Family, families
@@ -35,7 +37,7 @@ from tests import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-CONFIGS = ROOT / "tests" / "configs"
+CONFIGS = ROOT / "loaders" / "configs"
 MIB = 1 << 20
 # The floor of the example plan; a real one is measured where edge runs.
 EXAMPLE_FLOOR = Floor(host=46 * MIB, tokenizer=26 * MIB)
@@ -117,8 +119,12 @@ def plan() -> str:
     plans = enumerate_plans(checkpoint, request, EXAMPLE_FLOOR)
     chosen = pick(plans, request)
     out = io.StringIO()
+
+    def speed(plan: Plan) -> float | None:
+        return plan.predicted_tps(EXAMPLE_BANDWIDTH)
+
     console = Console(file=out, width=160, no_color=True, highlight=False)
-    console.print(plan_table([p for p in plans if p.context == chosen.context], chosen, request, EXAMPLE_BANDWIDTH))
+    console.print(plan_table([p for p in plans if p.context == chosen.context], chosen, request, speed))
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     return "\n".join(
         ["```", "$ edge plan ./gemma-3n-E4B --budget 3GB", *lines, "", *plan_lines(chosen, request, plans[0]), "```"]
@@ -309,6 +315,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "plan": plan,
     "usage": usage,
     "peers": peers_table,
+    "profile": profile_table,
     "budgets": budgets,
     "quality": quality,
     "demo-budgets": demo_budgets,

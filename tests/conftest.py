@@ -24,8 +24,9 @@ import torch
 from transformers.utils import logging
 
 import edge
+from edge.profile import box as boxed
 from edge.session import Session
-from tests import boxed, makers
+from tests import makers
 from tests.shrink import real, shrink
 
 collect_ignore = ["test_boxed.py"] if boxed.why_not() else []

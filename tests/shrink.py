@@ -18,7 +18,7 @@ from loaders.formats.config import Config
 from loaders.network.rotary import frequencies
 from loaders.network.spec import AnyAttention, Experts, FeedForward, Linear, Model, Proportional, Yarn, mechanisms
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "loaders" / "configs"
 GEMMA = ("gemma-3n-E4B", "gemma-3n-E2B")
 DEEPSEEKS = ("deepseek-v3", "kimi-k2", "moonlight-16B-A3B")
 DENSE = ("smollm3-3B", "olmo2-7B", "olmo2-32B", "mistral-7B-v0.1", "mistral-small-3.1-24B", "gpt2")

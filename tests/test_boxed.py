@@ -1,5 +1,6 @@
 """A box holds what it says: who stays within is left alone, who does not is killed and reported, nothing is left."""
 
+import json
 import mmap
 import os
 import subprocess
@@ -11,9 +12,24 @@ import psutil
 import pytest
 
 from edge.budget.cgroup import Limit
-from tests import boxed
+from edge.profile import box as boxed
 
 MIB = 2**20
+HOG = """
+import sys
+from edge.profile.child import volunteer
+volunteer()
+blocks = []
+while True:
+    blocks.append(bytearray(b"x") * (8 << 20))
+"""
+# In a box: a child that wants more than the box has, started by a parent that must outlive it.
+PARENT = """
+import json, sys
+from edge.profile.launch import launch
+ended = launch([sys.executable, "-c", sys.argv[1]])
+print(json.dumps([ended.status, ended.why, ended.peak_seen]))
+"""
 HOLD = "import sys; block = bytearray(b'x') * (int(sys.argv[1]) << 20); print(len(block) >> 20)"
 
 
@@ -180,3 +196,13 @@ def test_pages_in_use_stay(file):
     with file.open("rb") as f, mmap.mmap(f.fileno(), 8 * MIB, access=mmap.ACCESS_READ) as pages:
         assert len(set(pages[:: mmap.PAGESIZE])) > 1
         assert boxed.drop_from_page_cache(file) >= 8 * MIB
+
+
+def test_the_kernel_kills_the_child_and_not_who_reports_it() -> None:
+    done = boxed.run([sys.executable, "-c", PARENT, HOG], 256 * MIB, cwd=Path(__file__).parent.parent)
+    assert done.rc == 0, done.stderr[-500:]
+    status, why, peak = json.loads(done.stdout)
+    assert status == "killed"
+    assert why.startswith("killed by the kernel, out of memory at ")
+    assert 32 * MIB < peak < 256 * MIB
+    assert done.oom_kills == 1

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from edge.profile import box as boxed
 from loaders.formats.synthetic import write_random
-from tests import boxed
 from tests.shared import DEMO
 from tests.shrink import real, shrink
 from tests.small import gemma3n_fixture  # noqa: F401

@@ -35,7 +35,7 @@ MOST_ROWS = 8
 def known_fixture(monkeypatch: pytest.MonkeyPatch) -> Floor:
     """A machine whose floor and speed are known, so that a plan is arithmetic and nothing else."""
     monkeypatch.setattr(machine, "known_floor", lambda engine, device: machine.Known(FLOOR, "native", "cpu"))
-    monkeypatch.setattr(plan, "read_bandwidth", lambda: 20e9)
+    monkeypatch.setattr(plan, "read_bandwidth", lambda threads: 20e9)
     return FLOOR
 
 

@@ -44,7 +44,7 @@ def test_plan_as_json_says_what_run_will_do(cli: Cli, gemma3n: Path, floor: Floo
     assert found["plan"] == {**cli(*short_run(gemma3n), "--json").json["plan"], **only_here}
     assert found["plan"] == found["candidates"][0]
     for row in found["candidates"]:
-        assert row["predicted_tps"] == pytest.approx(found["read_gbps"] * 1e9 / row["bytes_per_token"])
+        assert 0 < row["predicted_tps"] <= found["read_gbps"] * 1e9 / row["bytes_per_token"]
     assert all(row["fits"] is True and row["over_bytes"] == 0 for row in found["candidates"])
     names = {row["slice"] for row in found["candidates"]}
     assert names == {f"{a}{b}".strip("+") for a in ("half", "quarter") for b in ("", "+skip-first-shared")} | {
@@ -81,12 +81,14 @@ def test_plan_as_text_marks_the_chosen_row(cli: Cli, gemma3n: Path, floor: Floor
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     components = "runtime tokenizer weights ple kv activations"
-    header = f"slice precision PLE context ~parameters {components} total tokens/s <= fits"
+    header = f"slice precision PLE context ~parameters {components} total tokens/s ~ fits"
     assert " ".join(lines[0].split()) == header
     assert [line.split()[1:4] for line in lines if line.startswith("->")] == [["full", "float32", "ram"]]
     assert lines[-2].startswith("plan: full in float32, PLE table in RAM, context 64: ")
     assert re.fullmatch(
-        r" +at most [\d.,]+ tokens/s: [\d.]+ [kM]B a token at [\d.]+ GB/s, as this machine reads", lines[-1]
+        r" +about [\d.,]+ tokens/s, [\d.,]+ at the end of the context, if the engine is as fast as is usual; "
+        r"at most [\d.,]+: [\d.]+ [kM]B a token at [\d.]+ GB/s, as this machine reads",
+        lines[-1],
     )
     assert "\x1b" not in done.out
 
@@ -101,7 +103,7 @@ def test_a_table_is_never_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> No
     source, request = sketch(CONFIGS / "llama-3.1-8B.json"), Request(budget=5 * 10**9)
     plans = enumerate_plans(source, request, Floor(256 << 20))
     chosen = pick(plans, request)
-    plan.show(plans, chosen, request, [], None)
+    plan.show(plans, chosen, request, [], plan.Pace())
     names = "slice precision context ~parameters runtime weights kv activations total fits"
     if width == 100:
         names = names.replace("runtime weights kv activations ", "")

@@ -34,7 +34,12 @@ LAZY = {
     "loaders/text/": {"tokenizers", "jinja2"},
     "edge/cli/": {"export"},
 }
-EXTRA = {"edge/cli/": {"click", "rich"}}
+EXTRA = {
+    "edge/cli/": {"click", "rich"},
+    "edge/profile/report/": {"plotly"},
+    # Runs in a Python that has nothing of edge.
+    "edge/profile/peer_child.py": {"llama_cpp"},
+}
 ENGINES = {"torch", "onnxruntime", "triton"}
 
 

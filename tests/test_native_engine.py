@@ -31,7 +31,7 @@ from loaders.weights import kept
 from tests.command import ENOUGH, PROMPT, Cli, cli_fixture, edge_command, environment, refused  # noqa: F401
 from tests.conftest import Folder
 from tests.makers import distance
-from tests.shrink import NAMES, parse, real
+from tests.shrink import CONFIGS, NAMES, parse, real
 from tests.small import Clone, clone_fixture, gemma3n_fixture, llama_fixture  # noqa: F401
 
 LENGTH = 45
@@ -264,7 +264,7 @@ def test_the_arena_is_priced_without_compiling_the_model(name: str) -> None:
 
 def test_plans_of_a_large_matformer_share_programs() -> None:
     price_native.sized.cache_clear()
-    source = open_source(Path(__file__).parent / "configs" / "gemma-3n-E4B.json", shapes=True)
+    source = open_source(CONFIGS / "gemma-3n-E4B.json", shapes=True)
     plans = enumerate_plans(source, Request(budget=3 << 30, engine="native"), Floor(50 << 20))
     assert len(plans) > 1000
     assert {plan.engine for plan in plans} == {"native"}

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edge.budget.plan as planner
-from edge.budget.plan import CONTEXTS, Floor, Plan, Request, choose, enumerate_plans
+from edge.budget.plan import Floor, Plan, Request, choose, enumerate_plans
 from edge.budget.quality import KEEPS
+from edge.budget.wanted import CONTEXTS
 from loaders.checkpoint import Checkpoint
 from loaders.errors import Usage, WontFit
 from loaders.families import Family, family_of
@@ -541,8 +542,9 @@ def test_plans_are_told_as_they_are_kept() -> None:
     told = plan.as_dict()
     assert (told["precision"], told["head"], plan.label().split(",")[0]) == ("int4", "int4", "E2B in int4")
     assert told["bytes_per_token"] == plan.bytes["weights"]
-    assert plan.predicted_tps(told["bytes_per_token"] * 7.5) == pytest.approx(7.5)
-    assert plan.predicted_tps(None) is None
+    assert plan.most_tps(told["bytes_per_token"] * 7.5) == pytest.approx(7.5)
+    assert sum(plan.read_bytes.values()) == plan.bytes_per_token
+    assert set(plan.read_bytes) == {"float32", "int8", "int4"}
     untied = plan_for("llama", None)
     assert untied.bytes_per_token == untied.bytes["weights"] - untied_embedding()
 

@@ -1,4 +1,4 @@
-"""Keys that turn up in published copies of configurations, beside those of the files in tests/configs."""
+"""Keys that turn up in published copies of configurations, beside those of the files in loaders/configs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loaders.errors import Unsupported
 from loaders.network.tensors import tensors
 from loaders.sketch import sketch
 from tests.conftest import Folder
-from tests.shrink import parse, real
+from tests.shrink import CONFIGS, parse, real
 
 SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-medium": ("gpt2", {"n_special": 0, "predict_special_tokens": True}),
@@ -72,5 +72,5 @@ def test_a_weight_that_is_computed_has_no_stored_bits(folders: Folder) -> None:
 
 
 def test_a_sketch_has_the_shapes_of_the_config() -> None:
-    found = sketch(Path(__file__).parent / "configs" / "llama-4-scout-17B-16E.json")
+    found = sketch(CONFIGS / "llama-4-scout-17B-16E.json")
     assert {name: placed.shape for name, placed in found.where.items()} == tensors(found.model)

@@ -42,17 +42,17 @@ def cgroup_limit(proc_root: str = PROC, cgroup_root: str = CGROUPS) -> Limit | N
 
 def cgroup_levels(proc_root: str = PROC, cgroup_root: str = CGROUPS) -> list[Limit]:
     """One ``Limit`` for each visible control group that holds this process, innermost first; never raises."""
-    paths = _own_paths(proc_root)
+    paths = own_paths(proc_root)
     levels = []
-    for version, root, mount in _mounts(proc_root, cgroup_root):
-        for folder in _upwards(mount, _below(paths.get(version, "/"), root)):
+    for version, root, mount in mounts(proc_root, cgroup_root):
+        for folder in upwards(mount, below(paths.get(version, "/"), root)):
             level = _read_v1(folder) if version == 1 else _read_v2(folder)
             if level is not None:
                 levels.append(level)
     return levels
 
 
-def _mounts(proc_root: str, cgroup_root: str) -> Iterator[tuple[int, str, Path]]:
+def mounts(proc_root: str, cgroup_root: str) -> Iterator[tuple[int, str, Path]]:
     """Version, the control group that is the mount's root, and where it is mounted."""
     for line in (_read(Path(proc_root, "self", "mountinfo")) or "").splitlines():
         before, dash, after = line.partition(" - ")
@@ -67,7 +67,7 @@ def _mounts(proc_root: str, cgroup_root: str) -> Iterator[tuple[int, str, Path]]
             yield 1, root, where
 
 
-def _own_paths(proc_root: str) -> dict[int, str]:
+def own_paths(proc_root: str) -> dict[int, str]:
     """Version -> this process's path in the hierarchy that has, or in v2 may have, the memory controller."""
     paths = {}
     for line in (_read(Path(proc_root, "self", "cgroup")) or "").splitlines():
@@ -80,7 +80,7 @@ def _own_paths(proc_root: str) -> dict[int, str]:
     return paths
 
 
-def _below(path: str, root: str) -> PurePosixPath:
+def below(path: str, root: str) -> PurePosixPath:
     """The group ``path`` as seen from a mount that shows only ``root``; the mount itself where that cannot be said."""
     own, top = PurePosixPath(path), PurePosixPath(root)
     # Seen from another cgroup namespace, both may begin with "/..".
@@ -89,7 +89,7 @@ def _below(path: str, root: str) -> PurePosixPath:
     return own.relative_to(top)
 
 
-def _upwards(mount: Path, inside: PurePosixPath) -> Iterator[Path]:
+def upwards(mount: Path, inside: PurePosixPath) -> Iterator[Path]:
     # The last parent of a relative path is ".", the mount; ``inside`` may not exist in a container, the mount does.
     for part in (inside, *inside.parents):
         yield mount / part

@@ -6,29 +6,43 @@ A plan must be made in milliseconds, and loading torch to weigh it takes two sec
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edge import __version__
+from edge.budget.memory import available_memory
 from edge.budget.plan import Floor
 from edge.engine.choice import choose
+from edge.engine.threads import thread_count
 from edge.store.cache import recall, remember
 from loaders.errors import EdgeError, Unsupported
 
 FILE = "machine.json"
-# Larger than the last-level caches of anything edge is meant for, shared out among the threads that read.
-READ_BYTES = 96 << 20
-READ_TRIES = 5
+Raw = npt.NDArray[np.uint8]
+# Memory that is read: four times what the last-level caches hold, between these; where little is left, less.
+READ_BYTES, LEAST_BYTES = (192 << 20, 1280 << 20), 16 << 20
+# Bytes between two looks at the clock, seconds that reading takes, and those of it that count.
+CHUNK_BYTES, READ_S, WINDOW_S = 4 << 20, 0.3, 0.005
+# More than any memory reads.
+MOST_BANDWIDTH = 1e14
 RECENT = 3600.0
 LIBRARIES = {"ort": "onnxruntime", "torch": "torch", "native": "numpy"}
 
@@ -119,29 +133,130 @@ def error_of(answer: dict[str, Any]) -> EdgeError:
     return kind(answer["error"], **parts)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that all cores read from memory together: the most that was ever measured here.
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes per second that so many threads (None: the usual) read from memory together: the most ever measured here.
 
     Measured anew once an hour: other programs can only make it less.
     """
-    known = recall(FILE).get("bandwidth")
-    best, at = (known.get("bytes_per_s"), known.get("at")) if isinstance(known, dict) else (None, None)
-    best = best if isinstance(best, float) and best > 0 else 0.0
+    count = threads or thread_count()
+    best, at = remembered_bandwidth(count)
     now = time.time()
-    if not best or not isinstance(at, float) or not 0 <= now - at < RECENT:
-        best = max(best, measured_bandwidth())
-        remember(FILE, "bandwidth", {"bytes_per_s": best, "at": now})
+    if not best or not 0 <= now - at < RECENT:
+        best = max(best, measured_bandwidth(count))
+        remember(FILE, bandwidth_key(count), {"bytes_per_s": best, "at": now})
     return best
 
 
-def measured_bandwidth() -> float:
-    """The best of a few passes over 96 MiB: what disturbs a pass only makes it slower."""
-    workers = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    shares = np.array_split(np.ones(READ_BYTES // 8), workers)
-    with ThreadPoolExecutor(workers) as pool:
-        best = float("inf")
-        for _ in range(READ_TRIES):
-            start = time.perf_counter()
-            list(pool.map(np.max, shares))
-            best = min(best, time.perf_counter() - start)
-    return READ_BYTES / best
+def remembered_bandwidth(count: int) -> tuple[float, float]:
+    """(bytes per second, seconds of the clock when that was measured); zeros where it was not, or nonsense stands."""
+    known = recall(FILE).get(bandwidth_key(count))
+    best, at = (known.get("bytes_per_s"), known.get("at")) if isinstance(known, dict) else (None, None)
+    if type(best) is not float or type(at) is not float or not 0 < best < MOST_BANDWIDTH or not math.isfinite(at):
+        return 0.0, 0.0
+    return best, at
+
+
+def bandwidth_key(count: int) -> str:
+    """Of what few threads read is no more than a part of what memory gives."""
+    return f"bandwidth, {count} thread{'s' if count > 1 else ''}"
+
+
+def raise_bandwidth(count: int, found: float) -> None:
+    """An engine has read this fast: whatever was measured before was too little."""
+    best, at = remembered_bandwidth(count)
+    if best < found < MOST_BANDWIDTH:
+        remember(FILE, bandwidth_key(count), {"bytes_per_s": found, "at": at})
+
+
+def measured_bandwidth(threads: int | None = None) -> float:
+    """Bytes per second that so many threads (None: the usual) read together at best, in about half a second.
+
+    The memory is read in pages as large as weights lie in, and there is more of it than caches hold. Of all stretches
+    of time of a few milliseconds the best counts: what disturbs others, however long, does not show.
+    """
+    return Reader(threads or thread_count()).best(READ_S)
+
+
+class Reader:
+    """Memory that ``count`` threads read together, each a share of it, over and over: what reading can reach."""
+
+    def __init__(self, count: int) -> None:
+        self.size = read_bytes()
+        shares = [share[: len(share) // 8 * 8] for share in np.array_split(large_memory(self.size), count)]
+        self.chunk = chunk = min(CHUNK_BYTES, len(shares[-1]))
+        parts = [[share[at : at + chunk] for at in range(0, len(share) - chunk + 1, chunk)] for share in shares]
+        # Each goes on where it stopped: that was read longest ago.
+        self.pieces = [cycle([part.view(np.float64) for part in share]) for share in parts]
+
+    def best(self, seconds: float) -> float:
+        """Bytes per second in the best stretch of so many seconds."""
+        return self.best_of(self.marks(seconds))
+
+    def best_of(self, marks: Sequence[Sequence[float]]) -> float:
+        """In the best few milliseconds; where caches are so large that a part stays there, in a whole pass."""
+        found = best_rate(marks, self.chunk, WINDOW_S)
+        return found if self.size <= READ_BYTES[0] else best_rate(marks, self.chunk, self.size / found)
+
+    def mean_of(self, marks: Sequence[Sequence[float]]) -> float:
+        """As long as all of them read."""
+        return best_rate(marks, self.chunk, math.inf)
+
+    def marks(self, seconds: float) -> list[list[float]]:
+        """Of each thread: when it began, and when it was done with each further chunk."""
+        start = threading.Barrier(len(self.pieces))
+
+        def read(pieces: Iterator[npt.NDArray[np.float64]]) -> list[float]:
+            start.wait()
+            marks = [time.perf_counter()]
+            while marks[-1] - marks[0] < seconds:
+                np.max(next(pieces))
+                marks.append(time.perf_counter())
+            return marks
+
+        with ThreadPoolExecutor(len(self.pieces)) as pool:
+            return list(pool.map(read, self.pieces))
+
+
+def best_rate(readers: Sequence[Sequence[float]], chunk: int, window: float) -> float:
+    """Bytes per second of all readers together in their best ``window`` seconds; all their time, where that is less."""
+    times = [np.asarray(marks) for marks in readers]
+    first, last = max(marks[0] for marks in times), min(marks[-1] for marks in times)
+    if last <= first:  # they never read at the same time
+        return max(chunk * (len(marks) - 1) / float(marks[-1] - marks[0]) for marks in times)
+    window = min(window, float(last - first))
+    starts = np.linspace(first, last - window, max(2, int((last - first) / window * 8)))
+    total = np.zeros(len(starts))
+    for marks in times:
+        done = np.arange(len(marks)) * float(chunk)
+        total += np.interp(starts + window, marks, done) - np.interp(starts, marks, done)
+    return float(total.max()) / window
+
+
+def read_bytes() -> int:
+    """Of the memory to read: beyond the last-level caches, and no more than an eighth of what is left here."""
+    wanted = max(READ_BYTES[0], min(4 * cache_bytes(), READ_BYTES[1]))
+    return max(LEAST_BYTES, min(wanted, available_memory()[0] // 8))
+
+
+@cache
+def cache_bytes() -> int:
+    """Of the last-level caches of the CPUs this process may use, together; 0 where the system does not say."""
+    found = dict[str, int]()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        with suppress(OSError, ValueError, IndexError):
+            last = sorted(Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*"))[-1]
+            size = last.joinpath("size").read_text("ascii").strip()
+            units = {"K": 1 << 10, "M": 1 << 20}
+            found[last.joinpath("shared_cpu_list").read_text("ascii")] = int(size[:-1]) * units.get(size[-1:], 1)
+    return sum(found.values())
+
+
+def large_memory(size: int) -> Raw:
+    """uint8 [size], resident, in large pages where there are such; it goes with the last view of it."""
+    pages = mmap.mmap(-1, size, *((mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,) if hasattr(mmap, "MAP_PRIVATE") else ()))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    memory: Raw = np.frombuffer(pages, np.uint8)
+    memory[:: mmap.PAGESIZE] = 1
+    return memory

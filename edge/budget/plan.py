@@ -10,28 +10,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edge.budget.price import ple_bytes
+from edge.budget.decoding import Rates, row_seconds, usual
+from edge.budget.disk import DiskSpeed
+from edge.budget.price import ple_bytes, row_bytes
 from edge.budget.price_ort import OrtPrices
 from edge.budget.pricing import CHUNKS, chunks_of, prices_of
-from edge.budget.quality import Losses, Quality, comparable, judges
+from edge.budget.quality import Quality, comparable, judges
+from edge.budget.reads import Reads
 from edge.budget.units import format_bytes
+from edge.budget.wanted import (
+    KV,
+    refuse_other,
+    usual_kv,
+    wanted_contexts,
+    wanted_kv,
+    wanted_recipes,
+    wanted_slices,
+    wanted_tiers,
+)
 from edge.store.packages import Opened
-from loaders.errors import Unsupported, Usage, WontFit
-from loaders.families import NamedSlice
+from loaders.errors import WontFit
 from loaders.formats.measured import Measured
-from loaders.formats.pack import Pack, refuse_precision
 from loaders.formats.package import Package
-from loaders.formats.quant import BITS
-from loaders.formats.recipe import PRECISIONS, Recipe, recipes
+from loaders.formats.recipe import PRECISIONS, Recipe
 from loaders.network.matformer import Slice, sliced
-from loaders.network.spec import Experts, LatentAttention, Model
+from loaders.network.spec import Experts, Model
 from loaders.network.tensors import total
-from loaders.slices import candidates, resolve
-from loaders.weights import Source
+from loaders.weights import Source, table_kind
 
-KV = ("float32", "bf16", "int8")
-TIERS = ("device", "ram", "ssd")
-CONTEXTS = (4096, 2048, 1024, 512)
 # Fewer tokens at a time read the weights of a prompt so often that it shows.
 SHORT = 64
 DEVICE_SLACK = 24 << 20
@@ -77,7 +83,8 @@ class Plan(Mapping[str, Any]):
     """One priced combination; also readable as a mapping with the keys of ``edge run --json``.
 
     ``bytes`` are those the budget counts, by component: the process on a CPU, the device on a GPU. ``host_bytes`` are
-    the process's own on a GPU, empty on a CPU. ``routing``: through how many of how many experts a token runs.
+    the process's own on a GPU, empty on a CPU. ``reads``: what a decoded token reads. ``routing``: through how many of
+    how many experts it runs.
     """
 
     part: Slice
@@ -91,7 +98,7 @@ class Plan(Mapping[str, Any]):
     bytes: dict[str, int]
     host_bytes: dict[str, int] = field(default_factory=dict)
     quality: Quality = field(default_factory=Quality)
-    bytes_per_token: int = 0
+    reads: Reads = field(default_factory=Reads)
     experts_bytes: int = 0
     routing: tuple[int, int] = (0, 0)
 
@@ -104,6 +111,25 @@ class Plan(Mapping[str, Any]):
     def slice(self) -> str:
         """The slice's name."""
         return self.part.name
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weights that one decoded token reads."""
+        return self.reads.total
+
+    @property
+    def read_bytes(self) -> Mapping[str, int]:
+        """The same by the format they are kept in."""
+        return self.reads.weights
+
+    def kv_read_bytes(self, depth: int) -> int:
+        """Keys and values that a token at position ``depth`` reads."""
+        return self.reads.kv_bytes(depth, self.kv, self.slots)
+
+    @property
+    def slots(self) -> int | None:
+        """Of a cache on a GPU, where a recorded step reads more of them than are filled; None elsewhere."""
+        return self.context if self.device == "cuda" else None
 
     @property
     def total_bytes(self) -> int:
@@ -128,9 +154,25 @@ class Plan(Mapping[str, Any]):
             plain.update(host_bytes=self.host_bytes, host_total_bytes=self.host_total_bytes)
         return plain
 
-    def predicted_tps(self, bandwidth: float | None) -> float | None:
+    def most_tps(self, bandwidth: float) -> float:
         """Tokens per second if reading weights at ``bandwidth`` bytes per second were all there is to decoding."""
-        return None if bandwidth is None else bandwidth / self.bytes_per_token
+        return bandwidth / max(1, self.bytes_per_token)
+
+    def predicted_tps(
+        self, bandwidth: float | None, rates: Rates | None = None, depth: int = 0, disk: DiskSpeed | None = None
+    ) -> float | None:
+        """Tokens per second of decoding at position ``depth``, where memory reads ``bandwidth`` bytes per second.
+
+        ``rates``: the engine's, None for those that are usual; ``disk``: where the table is if it is on SSD, None for
+        rows that the system has in memory. None where too little is known.
+        """
+        rates = rates or usual(self.engine, self.device)
+        bandwidth = bandwidth or (rates.bandwidth if rates is not None else None)
+        if rates is None or not bandwidth:
+            return None
+        attending = self.kv_read_bytes(depth), bandwidth, self.kv, self.reads.products(depth, self.slots)
+        seconds = rates.seconds(self.read_bytes, self.reads.steps, *attending)
+        return 1 / (seconds + (row_seconds(self.reads.row, disk) if self.ple == "ssd" else 0.0))
 
     def over(self, request: Request) -> int:
         """Bytes by which the tighter budget is passed; zero or less when the plan fits."""
@@ -170,9 +212,9 @@ def enumerate_plans(source: Opened, request: Request, floor: Floor, measured: Se
         small = sliced(model, named.slice)
         prices = prices_of(source, named.slice, small, request)
         for recipe in wanted_recipes(source, request.precision):
-            facts = (
-                quality(recipe), prices.bytes_per_token(recipe), prices.experts_bytes(recipe), routing(small),
-            )  # fmt: skip
+            row = 0 if small.ple is None else row_bytes(small, table_kind(source, recipe))
+            reads = Reads.of(small, prices.weight_reads(recipe), row, model)
+            facts = (quality(recipe), reads, prices.experts_bytes(recipe), routing(small))
             for order, context, kv, tier, chunk in wanted_runs(source, request, recipe):
                 priced = prices.components(recipe, kv, tier, context, chunk)
                 device, host = split(priced, floor, tier, request.device)
@@ -202,8 +244,9 @@ def package_plans(package: Package, request: Request, floor: Floor) -> list[Plan
     refuse_other(package, "--kv", request.kv, (prices.kv,))
     (recipe,) = wanted_recipes(package, request.precision)
     quality = Quality(total(model) / 1e9, "parameters", len(model.layers))
-    facts = (quality, prices.bytes_per_token(), prices.experts_bytes, routing(model))
     kind, found = package.ple_kind or "int8", list[tuple[int, Plan]]()
+    reads = Reads.of(model, {recipe.precision: prices.bytes_per_token()}, row_bytes(model, kind) if model.ple else 0)
+    facts = (quality, reads, prices.experts_bytes, routing(model))
     for order, context in enumerate(wanted_contexts(min(model.context, package.context), request.context)):
         for tier in wanted_tiers(package, request):
             for chunk in sorted({min(chunk, context) for chunk in CHUNKS["cpu"]}):
@@ -215,15 +258,6 @@ def package_plans(package: Package, request: Request, floor: Floor) -> list[Plan
                 )  # fmt: skip
                 found.append((order, plan))
     return [plan for _, plan in sorted(found, key=lambda item: (item[0], *preference(item[1])))]
-
-
-def refuse_other(package: Package, flag: str, text: str, held: Sequence[str]) -> None:
-    """Raises Unsupported for what a package cannot be run as; 'auto' is whatever it holds."""
-    if text != "auto" and text not in held:
-        raise Unsupported(
-            f"this package holds {held[0]}", file=package.folder, field=f"{flag} {text}",
-            hint="Export the model again, or run the checkpoint itself",
-        )  # fmt: skip
 
 
 def routing(model: Model) -> tuple[int, int]:
@@ -308,79 +342,3 @@ def freer(request: Request) -> str:
     if request.context is not None:
         pinned.append("--context")
     return f", or leave {' and '.join(pinned)} to the planner" if pinned else ""
-
-
-def wanted_slices(source: Source, text: str, losses: Losses | None) -> tuple[NamedSlice, ...]:
-    """All candidates, and what else was measured; or the one that was named, with its published score if it has one."""
-    if text == "auto":
-        found = candidates(source.model, source.family)
-        return found if losses is None else (*found, *losses.unnamed(found))
-    part = resolve(source.model, source.family, text)
-    known = {(s.slice.keep, s.slice.widths): s for s in source.family.slices(source.model)}
-    return (known.get((part.keep, part.widths), NamedSlice(part)),)
-
-
-def wanted_recipes(source: Opened, text: str) -> tuple[Recipe, ...]:
-    """A 16-bit checkpoint gains nothing from float32, so ``auto`` does not offer it there; a pack has what it has."""
-    if isinstance(source, Package):
-        refuse_other(source, "--precision", text, source.precisions)
-        return (source.recipe,)
-    if isinstance(source, Pack):
-        offered = source.precisions
-        if (text != "auto" and one_of("--precision", text, PRECISIONS) not in offered) or not offered:
-            raise refuse_precision(source, text)
-    else:
-        offered = PRECISIONS if source.dtype == "F32" or text != "auto" else PRECISIONS[1:]
-    chosen = offered if text == "auto" else (one_of("--precision", text, PRECISIONS),)
-    return tuple(recipe for precision in chosen for recipe in recipes(precision))
-
-
-def wanted_kv(model: Model, recipe: Recipe, text: str) -> tuple[str, ...]:
-    """Those of float32 weights in float32 or bf16, of bf16 ones in bf16, of int8 and int4 ones in bf16 or int8.
-
-    Latent caches have no int8: a model of nothing else keeps its entries in bf16, whatever is asked.
-    """
-    offered: tuple[str, ...] = ("bf16",)
-    if text != "auto":
-        offered = (one_of("--kv", text, KV),)
-    elif recipe.precision == "float32":
-        offered = ("float32", "bf16")
-    elif recipe.precision in BITS:
-        offered = ("bf16", "int8")
-    latent = all(isinstance(layer.attention, LatentAttention) for layer in model.layers)
-    return tuple(dict.fromkeys("bf16" if latent and kv == "int8" else kv for kv in offered))
-
-
-def usual_kv(recipe: Recipe, engine: str = "torch") -> str:
-    """What keys and values are kept in where nothing forces them lower."""
-    if engine == "ort":
-        return "float16" if recipe.precision == "float16" else "float32"
-    return "float32" if recipe.precision == "float32" else "bf16"
-
-
-def wanted_tiers(source: Opened, request: Request) -> tuple[str, ...]:
-    """``auto`` never puts the table on a device: it would buy microseconds with gigabytes."""
-    if source.model.ple is None:
-        if request.ple != "auto":
-            raise Usage(request.ple, field="--ple", expected="auto: this model has no per-layer embeddings")
-        return ("none",)
-    return ("ram", "ssd") if request.ple == "auto" else (one_of("--ple", request.ple, TIERS),)
-
-
-def wanted_contexts(most: int, pinned: int | None) -> tuple[int, ...]:
-    """What is asked for, or a comfortable length with shorter ones to fall back to.
-
-    A model gets no more than it was made for, however much is asked: the plan says so.
-    """
-    if pinned is not None:
-        if pinned < 1:
-            raise Usage(pinned, field="--context", expected=f"1 or more, at most {most} for this model")
-        return (min(pinned, most),)
-    return tuple(dict.fromkeys(min(context, most) for context in CONTEXTS))
-
-
-def one_of(flag: str, text: str, choices: tuple[str, ...]) -> str:
-    """A choice, or Usage."""
-    if text not in choices:
-        raise Usage(text, field=flag, expected="auto or one of " + ", ".join(choices))
-    return text

@@ -29,6 +29,7 @@ KV_SCORES = 8 << 20
 # Queries that attend at once: so many that their mask over all keys has this many bytes in float32.
 MASK_BYTES = 8 << 20
 QUANTIZING = 3
+STACKS = ("experts.gate", "experts.up", "experts.down")
 
 
 def itemsize(precision: str) -> int:
@@ -91,12 +92,17 @@ def int8_scratch_bytes(a: Attention, chunk: int, context: int, device: str) -> i
     return KV_TILE + max(min(KV_SCORES, FLOAT * chunk * a.heads * seen), FLOAT * seen * a.heads // a.kv_heads)
 
 
+def row_bytes(small: Model, kind: str) -> int:
+    """Of the per-layer-embedding table, what a token has of it in the format ``kind``."""
+    assert small.ple is not None
+    dim = small.ple.dim
+    return len(small.layers) * (record_bytes(dim, kind) if kind in BITS else dim * ITEMSIZE[kind])
+
+
 def ple_bytes(small: Model, kind: str, tier: str) -> int:
     """What a tier of the per-layer-embedding table keeps in memory, its rows in the format ``kind``."""
     assert small.ple is not None
-    dim = small.ple.dim
-    row = len(small.layers) * (record_bytes(dim, kind) if kind in BITS else dim * ITEMSIZE[kind])
-    table = small.ple.rows * row
+    table = small.ple.rows * row_bytes(small, kind)
     # A row cache as large as the table would make the ssd tier a slow way of holding it in memory.
     return min(ROW_CACHE, table // 8) if tier == "ssd" else table
 
@@ -238,9 +244,19 @@ class Prices:
 
     def bytes_per_token(self, recipe: Recipe) -> int:
         """Weights that one decoded token reads: all but an embedding of which one row is used, and idle experts."""
-        unread = 0 if self.small.tied else self.held(self.tensors["embed"], recipe)
-        idle = sum(size * (f.experts - f.active) // f.experts for f, size in self.experts(recipe))
-        return self.weights_bytes(recipe) - unread - idle
+        return sum(self.weight_reads(recipe).values())
+
+    def weight_reads(self, recipe: Recipe) -> dict[str, int]:
+        """The same by the format they are kept in, as safetensors or :mod:`loaders.formats.quant` call it."""
+        found: Counter[str] = Counter()
+        for kind, count in self.kinds.items():
+            found[kind.stored(recipe)] += count * self.held(kind, recipe)
+        if not self.small.tied:
+            found[self.tensors["embed"].stored(recipe)] -= self.held(self.tensors["embed"], recipe)
+        stacks = next((tensor for name, tensor in self.tensors.items() if name.endswith(STACKS[0])), None)
+        for f, size in self.experts(recipe) if stacks is not None else ():
+            found[stacks.stored(recipe)] -= size * (f.experts - f.active) // f.experts
+        return dict(found)
 
     def experts_bytes(self, recipe: Recipe) -> int:
         """All experts, whether a token meets them or not; those that every token shares are not among them."""
@@ -249,9 +265,8 @@ class Prices:
     def experts(self, recipe: Recipe) -> list[tuple[Experts, int]]:
         """(mechanism, bytes) of each layer that has a choice of experts."""
         if recipe not in self.mixtures:
-            stacks = [f"experts.{name}" for name in ("gate", "up", "down")]
             self.mixtures[recipe] = [
-                (layer.ffn, sum(self.held(self.tensors[f"layers.{i}.{name}"], recipe) for name in stacks))
+                (layer.ffn, sum(self.held(self.tensors[f"layers.{i}.{name}"], recipe) for name in STACKS))
                 for i, layer in enumerate(self.small.layers)
                 if isinstance(layer.ffn, Experts)
             ]

@@ -25,7 +25,9 @@ INTERRUPTED, BUG, IO, MEMORY = 130, 70, 74, 81
 class Lazy(click.Group):
     """Imports the commands' files when the command line is read; none of them imports torch."""
 
-    commands_in = ("run", "plan", "inspect", "pack", "slice", "export", "eval", "calibrate", "synth")
+    commands_in = (
+        *("run", "plan", "inspect", "pack", "slice", "export", "eval", "calibrate", "profile", "doctor", "synth"),
+    )
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands_in)

@@ -13,7 +13,7 @@ from edge.budget.price import kv_bytes
 from edge.budget.price_ort import kept_in
 from edge.budget.units import format_bytes
 from edge.cli.layers import Row, layer_rows, layer_table, router_text
-from edge.cli.model import model_path, say_demo
+from edge.cli.model import say_demo, shapes_path
 from edge.cli.show import clipped, parameters, print_json, stdout, weights_note
 from edge.session import open_source
 from edge.store.measured import measured
@@ -27,6 +27,7 @@ from loaders.network.matformer import sliced
 from loaders.network.spec import Experts, Model
 from loaders.network.tensors import PLE_TABLE, active, core, total
 from loaders.slices import candidates
+from loaders.synthetic_pack import is_random
 
 # Tokens that the headline prices a context at.
 TOKENS = 4096
@@ -37,11 +38,11 @@ MOST_MEASURED = 12
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: str | None, as_json: bool) -> None:
-    """Show what MODEL is: layers, mechanisms, tensors, bytes, slices. Reads headers only; a config.json will do.
+    """Show what MODEL is: layers, mechanisms, tensors, bytes, slices. Reads headers only.
 
-    Without one it is the demo model that ships with edge.
+    A config.json will do, and the name of a published one. Without MODEL it is the demo model that ships with edge.
     """
-    path = model_path(model)
+    path = shapes_path(model)
     checkpoint = open_source(path, shapes=True)
     facts, rows = summary(checkpoint), layer_rows(checkpoint.model, checkpoint.stored)
     results = measured(checkpoint)
@@ -91,7 +92,7 @@ def summary(checkpoint: Opened) -> dict[str, Any]:
         "embed_bytes": stored["embed"],
         "skipped_bytes": checkpoint.skipped_bytes if plain else 0,
         "ignored_tensors": len(checkpoint.ignored) if plain else 0,
-        "pack": {"parts": dict(checkpoint.sizes()), "source": checkpoint.source}
+        "pack": {"parts": dict(checkpoint.sizes()), "source": checkpoint.source, "random": is_random(checkpoint)}
         if isinstance(checkpoint, Pack)
         else None,
         "package": package_facts(checkpoint) if isinstance(checkpoint, Package) else None,
@@ -144,7 +145,9 @@ def headline(checkpoint: Opened, facts: dict[str, Any], rows: list[Row]) -> list
         lines.append(("unused", f"{facts['ignored_tensors']} tensors that this family carries in vain"))
     if facts["pack"] is not None:
         held = ", ".join(f"{part} {format_bytes(size)}" for part, size in facts["pack"]["parts"].items())
-        lines.append(("pack", f"{held}; of {facts['pack']['source']}"))
+        lines.append(
+            ("pack", f"{held}; {'random weights' if facts['pack']['random'] else 'of ' + facts['pack']['source']}")
+        )
     if facts["package"] is not None:
         package = facts["package"]
         text = f"profile {package['profile']}, layout {package['layout']}, ONNX Runtime {package['min_ort']} or later; "

@@ -10,6 +10,7 @@ from edge.cli.show import parameters, stderr
 from loaders.errors import MissingFile
 from loaders.network.spec import Model
 from loaders.network.tensors import total
+from loaders.published import config_path, found
 
 PATHS = ("/", "./", "../", "~/")
 
@@ -17,9 +18,34 @@ PATHS = ("/", "./", "../", "~/")
 def model_path(text: str | None) -> Path:
     """What MODEL names, whether or not it is there; None is the demo.
 
-    Raises MissingFile where edge was installed without it.
+    Raises MissingFile where edge was installed without it, and for the name of a published configuration: that has no
+    weights.
     """
-    return demo.model_path() if text is None else Path(text)
+    if text is None:
+        return demo.model_path()
+    refuse_name(text)
+    return Path(text)
+
+
+def shapes_path(text: str | None) -> Path:
+    """What MODEL names where shapes are enough: also a published configuration, by its name; None is the demo.
+
+    Raises MissingFile.
+    """
+    return demo.model_path() if text is None else config_path(text)
+
+
+def refuse_name(text: str) -> None:
+    """Raises MissingFile for a published name, where weights are needed and no folder of that name is there."""
+    name = None if os.path.lexists(text) else found(text)
+    if name is not None:
+        raise MissingFile(
+            "no weights",
+            file=text,
+            expected="a checkpoint folder, a pack or a package",
+            hint=f"Only the configuration ships with edge: `edge profile --config {name}` measures it with random "
+            f"weights, `edge synth --config {name} -o DIR` writes them",
+        )
 
 
 def say_demo(text: str | None, model: Model) -> None:
@@ -40,6 +66,7 @@ def told_apart(first: str | None, second: str | None, flag: str | None) -> tuple
         return first, second
     if first == "-" or (any(c.isspace() for c in first) and not first.startswith(PATHS)):
         return None, first
+    refuse_name(first)
     raise MissingFile(
         "no such folder",
         file=first or "''",  # a variable that is not set

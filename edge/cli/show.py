@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from edge.store.packages import Opened, weighty
 from loaders.formats.measured import Measured
 from loaders.formats.sharded import Notify
 
+# Tokens per second of a plan, or None where nobody knows.
+Speed = Callable[[Plan], float | None]
 MOST_ROWS = 24
 # A slice may be spelt out layer by layer: a row shows the beginning.
 MOST_NAME = 40
@@ -108,14 +110,14 @@ def plan_table(
     plans: Sequence[Plan],
     chosen: Plan | None,
     request: Request,
-    bandwidth: float | None = None,
+    speed: Speed | None = None,
     *,
     parts: bool = True,
 ) -> Table:
     """One row per slice, precision and tier, at its longest chunk and its most precise keys and values that fit: the
     best, and those around the chosen one.
 
-    ``bandwidth``, bytes per second, adds what decoding can reach at most. Without ``parts`` a narrower one, of totals.
+    ``speed`` adds what decoding comes to, where that is known. Without ``parts`` a narrower one, of totals.
     """
     best = plans[0].quality
     title = f"~{best.origin}" if best.basis is None else "quality"
@@ -123,9 +125,9 @@ def plan_table(
     tiers = ("PLE",) if any(plan.ple != "none" for plan in plans) else ()
     for name in ("", "slice", "precision", *tiers):
         table.add_column(name, no_wrap=True)
-    speed = () if bandwidth is None else ("tokens/s <=",)
+    told = speed is not None and any(speed(plan) is not None for plan in plans)
     names = [name for name in plans[0].bytes if parts and any(plan.bytes.get(name) for plan in plans)]
-    for name in ("context", title, *names, "total", *speed, "fits"):
+    for name in ("context", title, *names, "total", *(("tokens/s ~",) if told else ()), "fits"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in shortened(distinct(plans, request, kv=False), chosen):
         if plan is None:
@@ -134,7 +136,7 @@ def plan_table(
         over = plan.over(request)
         quality = quality_text(plan.quality, best)
         cells = [component(plan, name) for name in names]
-        reach = () if bandwidth is None else (speed_text(plan, bandwidth),)
+        reach = (speed_text(speed(plan)),) if told and speed is not None else ()
         table.add_row(
             "->" if plan is chosen else "",
             clipped(plan.slice), plan.recipe.label, *((plan.ple,) if tiers else ()), str(plan.context), quality, *cells,
@@ -176,10 +178,11 @@ def component(plan: Plan, name: str) -> str:
     return kind + format_bytes(plan.bytes.get(name, 0))
 
 
-def speed_text(plan: Plan, bandwidth: float) -> str:
-    """Tokens per second, at most: 0.85, 15.3, 1,950."""
-    most = bandwidth / plan.bytes_per_token
-    return f"{most:,.0f}" if most >= 100 else f"{most:.3g}"
+def speed_text(tps: float | None) -> str:
+    """Tokens per second: 0.85, 15.3, 1,950."""
+    if tps is None:
+        return "-"
+    return f"{tps:,.0f}" if tps >= 100 else f"{tps:.3g}"
 
 
 def shortened(plans: Sequence[Plan], chosen: Plan | None) -> list[Plan | None]:

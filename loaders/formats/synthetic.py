@@ -11,9 +11,9 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -120,20 +120,37 @@ def levels(mean: float, deviation: float, dtype: str) -> Raw:
 
 def stream(pool: ThreadPoolExecutor, seed: int, name: str, count: int, table: Raw) -> Iterator[Raw]:
     """``count`` values in bands, in order; a few of them are made ahead while one is written."""
+    starts = range(0, count, BAND)
+    return made_ahead(pool, (partial(band, seed, name, start, min(BAND, count - start), table) for start in starts))
+
+
+def made_ahead(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Raw]]) -> Iterator[Raw]:
+    """What every job makes, in order; more of it ahead than there are threads, which never wait for who writes."""
     ahead: deque[Future[Raw]] = deque()
-    for start in range(0, count, BAND):
-        ahead.append(pool.submit(band, seed, name, start, min(BAND, count - start), table))
+    for job in jobs:
+        ahead.append(pool.submit(job))
         if len(ahead) > 2 * THREADS:
             yield ahead.popleft().result()
     while ahead:
         yield ahead.popleft().result()
 
 
+def words(seed: int, name: str, start: int, count: int) -> npt.NDArray[np.uint64]:
+    """Random words ``start`` to ``start + count`` of a tensor."""
+    bits = np.random.PCG64(seeded(seed, name))
+    bits.advance(start)
+    return bits.random_raw(count)
+
+
+@lru_cache(maxsize=16)
+def seeded(seed: int, name: str) -> np.random.SeedSequence:
+    """Where the bits of a tensor begin: dear to make, and asked for by every band."""
+    return np.random.SeedSequence(seed, spawn_key=tuple(name.encode()))
+
+
 def band(seed: int, name: str, start: int, count: int, table: Raw) -> Raw:
     """Values ``start`` to ``start + count`` of a tensor; ``start`` is a multiple of LANES."""
-    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=tuple(name.encode())))
-    bits.advance(start // LANES)
-    drawn = bits.random_raw(-(-count // LANES)).view(np.uint16)[:count]
+    drawn = words(seed, name, start // LANES, -(-count // LANES)).view(np.uint16)[:count]
     out = np.empty(count, table.dtype)
     # No draw is out of range; in the default mode take() would nevertheless fill a copy of ``out`` first.
     return np.take(table, drawn, out=out, mode="wrap")

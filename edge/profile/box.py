@@ -178,9 +178,9 @@ def _make() -> tuple[int, Path]:
 
 def _parents() -> Iterator[tuple[int, Path]]:
     """Version and folder of the groups that hold this process, innermost first."""
-    own = cgroup._own_paths(cgroup.PROC)
-    for version, root, mount in cgroup._mounts(cgroup.PROC, cgroup.CGROUPS):
-        for folder in cgroup._upwards(mount, cgroup._below(own.get(version, "/"), root)):
+    own = cgroup.own_paths(cgroup.PROC)
+    for version, root, mount in cgroup.mounts(cgroup.PROC, cgroup.CGROUPS):
+        for folder in cgroup.upwards(mount, cgroup.below(own.get(version, "/"), root)):
             yield version, folder
 
 

@@ -7,20 +7,26 @@ again and again: how fast they are multiplied does not depend on what they hold.
 from __future__ import annotations
 
 import math
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from loaders.errors import ReadFailed, Unsupported
 from loaders.formats.quant import BITS, BLOCK
 from loaders.formats.recipe import recipes, stored_as
-from loaders.network.spec import Attention, Gated, Model
+from loaders.network.spec import Attention, Gated, Layer, Linear, Llama3Scaling, Model
 from loaders.network.tensors import PLE_TABLE, head, tensors
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+PEER = "llama.cpp"
+# The architecture that the program is named after: norms before, rotary positions, a gate, and nothing else.
+PLAIN = PEER.partition(".")[0]
 # What ggml calls the formats: its number, values of a block, bytes of one.
 FORMATS = {"F32": (0, 1, 4), "int4": (2, BLOCK, 2 + BLOCK // 2), "int8": (8, BLOCK, 2 + BLOCK)}
 # What a file of mostly such tensors says it is.
@@ -81,8 +87,15 @@ class Entry:
 def entries(model: Model) -> dict[str, Entry]:
     """GGUF name -> tensor, at edge's int4 recipe. The files want keys' and values' weights of every layer.
 
-    Raises KeyError for a mechanism that has no name here.
+    Raises Unsupported for a mechanism that has no name here.
     """
+    try:
+        return _entries(model)
+    except KeyError as missing:
+        raise _refused(model, f"has {missing.args[0]}") from None
+
+
+def _entries(model: Model) -> dict[str, Entry]:
     recipe = recipes("int4")[0]
     found: dict[str, Entry] = {}
     for name, shape in tensors(model).items():
@@ -101,8 +114,10 @@ def entries(model: Model) -> dict[str, Entry]:
         if layer.attention.kv_from is not None:
             for part in ("attn_k", "attn_v", "attn_k_norm"):
                 found[f"blk.{at}.{part}"] = replace(found[f"blk.0.{part}"], read=False)
-    rope = _attention(model, 0).rope
-    if rope is not None and rope.scaling is not None:
+    rope = _full(model).rope
+    if rope is not None and rope.scaling is not None and not isinstance(rope.scaling, Llama3Scaling | Linear):
+        raise _refused(model, f"stretches positions by {type(rope.scaling).__name__}")
+    if rope is not None and isinstance(rope.scaling, Llama3Scaling):
         found["rope_freqs"] = Entry((rope.dim // 2,), "F32")
     return found
 
@@ -113,12 +128,13 @@ def bytes_per_token(model: Model) -> int:
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    """What llama.cpp asks of a file of the model's architecture: int, float, bool, str, or a list of one of them."""
-    a, ffn = _attention(model, 0), model.layers[0].ffn
-    assert isinstance(ffn, Gated)
-    full = next(layer.attention for layer in model.layers if layer.attention.window is None)
-    assert isinstance(full, Attention)
-    assert full.rope is not None
+    """What llama.cpp asks of a file of the model's architecture: int, float, bool, str, or a list of one of them.
+
+    Raises Unsupported.
+    """
+    a, ffn, full = _attention(model, 0), model.layers[0].ffn, _full(model)
+    if not isinstance(ffn, Gated) or full.rope is None:
+        raise _refused(model, "has no gate" if full.rope is not None else "has no rotary positions")
     keys: dict[str, Any] = {
         "vocab_size": model.vocab,
         "context_length": model.context,
@@ -133,8 +149,9 @@ def metadata(model: Model) -> dict[str, Any]:
         "rope.freq_base": full.rope.theta,
         "rope.dimension_count": full.rope.dim,
     }
-    if a.window is not None:
-        assert a.rope is not None
+    if isinstance(full.rope.scaling, Linear):
+        keys["rope.scaling.type"], keys["rope.scaling.factor"] = "linear", full.rope.scaling.factor
+    if a.window is not None and a.rope is not None:
         keys["attention.sliding_window"] = a.window
         keys["attention.sliding_window_pattern"] = [layer.attention.window is not None for layer in model.layers]
         keys["rope.freq_base_swa"] = a.rope.theta
@@ -143,26 +160,65 @@ def metadata(model: Model) -> dict[str, Any]:
         keys["attention.shared_kv_layers"] = sum(layer.attention.kv_from is not None for layer in model.layers)
     if model.altup is not None:
         keys["altup.num_inputs"], keys["altup.active_idx"] = model.altup.streams, model.altup.active
-    named = {f"{model.family}.{key}": value for key, value in keys.items()}
-    return {"general.architecture": model.family, "general.file_type": Q4_0, **named, "tokenizer.ggml.model": "none"}
+    name = architecture(model)
+    named = {f"{name}.{key}": value for key, value in keys.items()}
+    return {"general.architecture": name, "general.file_type": Q4_0, **named, "tokenizer.ggml.model": "none"}
+
+
+def architecture(model: Model) -> str:
+    """What llama.cpp calls it: by the family's name, but for the models that do nothing beyond its first."""
+    a, ffn = _attention(model, 0), model.layers[0].ffn
+    if a.rope is None or not isinstance(ffn, Gated) or ffn != Gated(ffn.width, "silu"):
+        return model.family
+    plain = Layer(Attention(a.heads, a.kv_heads, a.head_dim, a.head_dim**-0.5, a.rope), ffn)
+    alone = Model("", model.vocab, model.dim, (plain,) * len(model.layers), model.eps, model.tied, model.context)
+    return PLAIN if replace(model, family="") == alone else model.family
+
+
+def nbytes(model: Model) -> int:
+    """Of the whole file."""
+    table = entries(model)
+    return len(header(metadata(model), table)) + sum(_padded(entry.nbytes) for entry in table.values())
+
+
+def write_header(model: Model, path: Path) -> None:
+    """A file that says what a whole one says, and is as long, but takes no room: there is nothing in its tensors."""
+    with _written(path) as file:
+        file.write(header(metadata(model), entries(model)))
+        file.truncate(nbytes(model))
 
 
 def write(model: Model, path: Path) -> None:
-    """The whole file, a few seconds a gigabyte."""
-    table, draw = entries(model), np.random.default_rng(0)
+    """The whole file, a few seconds a gigabyte. Raises Unsupported, ReadFailed for a disk that is full."""
+    table, keys, draw = entries(model), metadata(model), np.random.default_rng(0)
     pools: dict[tuple[str, int], bytes] = {}
-    with path.open("wb") as file:
-        file.write(header(metadata(model), table))
+    with _written(path) as file:
+        free, size = shutil.disk_usage(path.parent).free, nbytes(model)
+        if size > free:
+            raise ReadFailed(f"disk full: needs {size} bytes, has {free} bytes free", file=path.parent)
+        file.write(header(keys, table))
         for i, entry in enumerate(table.values()):
-            file.write(bytes(-file.tell() % ALIGNMENT))
             if entry.stored == "F32":
                 file.write(_floats(draw, entry))
-                continue
-            key = (entry.stored, entry.shape[-1])
-            if key not in pools:
-                pools[key] = _blocks(draw, *key)
-            _repeat(file, pools[key], i * APART * FORMATS[entry.stored][2], entry.nbytes)
-        file.write(bytes(-file.tell() % ALIGNMENT))
+            else:
+                key = (entry.stored, entry.shape[-1])
+                if key not in pools:
+                    pools[key] = _blocks(draw, *key)
+                _repeat(file, pools[key], i * APART * FORMATS[entry.stored][2], entry.nbytes)
+            file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there when the block ends well, and not when it does not."""
+    try:
+        with path.open("wb") as file:
+            yield file
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ReadFailed(error.strerror or type(error).__name__, file=path) from None
+        raise
 
 
 def header(keys: Mapping[str, Any], table: Mapping[str, Entry]) -> bytes:
@@ -175,9 +231,13 @@ def header(keys: Mapping[str, Any], table: Mapping[str, Entry]) -> bytes:
         sizes = entry.shape[::-1]
         out += [_text(f"{name}.weight"), struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)]
         out.append(struct.pack("<IQ", FORMATS[entry.stored][0], at))
-        at += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+        at += _padded(entry.nbytes)
     size = sum(map(len, out))
     return b"".join([*out, bytes(-size % ALIGNMENT)])
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _value(value: Any) -> Iterator[bytes]:
@@ -217,7 +277,8 @@ def _floats(draw: np.random.Generator, entry: Entry) -> bytes:
     shape = entry.shape
     if len(shape) == 1:
         return np.ones(shape, np.float32).tobytes()
-    return (draw.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32).tobytes()
+    data: bytes = (draw.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32).tobytes()
+    return data
 
 
 def _repeat(file: BinaryIO, pool: bytes, start: int, size: int) -> None:
@@ -230,8 +291,21 @@ def _repeat(file: BinaryIO, pool: bytes, start: int, size: int) -> None:
 
 def _attention(model: Model, i: int) -> Attention:
     found = model.layers[i].attention
-    assert isinstance(found, Attention)
+    if not isinstance(found, Attention):
+        raise _refused(model, "has latent attention")
     return found
+
+
+def _full(model: Model) -> Attention:
+    """Of the first layer that sees everything."""
+    for i, layer in enumerate(model.layers):
+        if layer.attention.window is None:
+            return _attention(model, i)
+    raise _refused(model, "has a window in every layer")
+
+
+def _refused(model: Model, why: str) -> Unsupported:
+    return Unsupported(f"{model.family} {why}, which is not written for {PEER}", hint=f"Leave out --against {PEER}")
 
 
 assert set(DEVIATION) == set(BITS)
