@@ -228,7 +228,8 @@ BAD: list[Any] = [
     {**TRUE.as_dict(), "shares": {"int4": "0.5"}}, {**TRUE.as_dict(), "shares": [0.5]},
     {**TRUE.as_dict(), "step_s": -1}, {**TRUE.as_dict(), "token_s": None}, {**TRUE.as_dict(), "step_s": 1e300},
     {**TRUE.as_dict(), "bandwidth": 0}, {**TRUE.as_dict(), "bandwidth": 1e300}, {**TRUE.as_dict(), "bandwidth": None},
-    {**TRUE.as_dict(), "kv": {"bf16": 1}}, {**TRUE.as_dict(), "kv": {"bf16": {"byte_s": 1e-10}}},
+    {**TRUE.as_dict(), "steady": 2.0}, {**TRUE.as_dict(), "kv": {"bf16": 1}},
+    {**TRUE.as_dict(), "kv": {"bf16": {"byte_s": 1e-10}}},
     {**TRUE.as_dict(), "kv": {"bf16": {"byte_s": "x", "product_s": 0, "step_s": 0}}},
 ]  # fmt: skip
 
@@ -337,8 +338,10 @@ def test_the_process_that_measures_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
         return run([line[0], str(script), *line[3:]], **options)
 
     monkeypatch.setattr(rates.subprocess, "run", small)
+    monkeypatch.setattr(rates, "STEADY", 0.0)
     found = rates.measured("native", "cpu", 1)
     assert set(found.shares) == set(FORMATS)
+    assert 0 < found.steady <= 1
     monkeypatch.setattr(rates.subprocess, "run", lambda *_, **__: pytest.fail("measured twice"))
     assert rates.measured("native", "cpu", 1) == found
     assert machine.remembered_bandwidth(1)[0] >= found.bandwidth
@@ -349,3 +352,16 @@ def test_a_process_that_says_nothing_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rates.subprocess, "run", lambda *_, **__: silent)
     with pytest.raises(Unsupported, match="cannot be measured"):
         rates.measured("native", "cpu", 1)
+
+
+def test_rates_of_a_machine_that_others_use_are_not_kept(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """They hold for this process, which would measure again and again; the next one may find the machine quiet."""
+    answers = iter([replace(TRUE, steady=0.5), TRUE])
+    said = lambda *_, **__: SimpleNamespace(stdout=json.dumps(next(answers).as_dict()), stderr="")  # noqa: E731
+    monkeypatch.setattr(rates.subprocess, "run", said)
+    monkeypatch.setattr(rates, "_unsteady", {})
+    assert rates.measured("native", "cpu", 3).steady == rates.measured("native", "cpu", 3).steady == 0.5
+    assert "rates" not in cache.read_text()
+    monkeypatch.setattr(rates, "_unsteady", {})
+    assert rates.measured("native", "cpu", 3) == rates.measured("native", "cpu", 3) == TRUE
+    assert "rates" in cache.read_text()

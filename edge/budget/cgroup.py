@@ -52,7 +52,7 @@ def cgroup_levels(proc_root: str = PROC, cgroup_root: str = CGROUPS) -> list[Lim
     return levels
 
 
-def mounts(proc_root: str, cgroup_root: str) -> Iterator[tuple[int, str, Path]]:
+def mounts(proc_root: str, cgroup_root: str, controller: str = "memory") -> Iterator[tuple[int, str, Path]]:
     """Version, the control group that is the mount's root, and where it is mounted."""
     for line in (_read(Path(proc_root, "self", "mountinfo")) or "").splitlines():
         before, dash, after = line.partition(" - ")
@@ -63,19 +63,19 @@ def mounts(proc_root: str, cgroup_root: str) -> Iterator[tuple[int, str, Path]]:
         where = Path(cgroup_root, mount.relative_to(CGROUPS)) if mount.is_relative_to(CGROUPS) else Path(mount)
         if kind[0] == "cgroup2":
             yield 2, root, where
-        elif kind[0] == "cgroup" and "memory" in kind[2].split(","):
+        elif kind[0] == "cgroup" and controller in kind[2].split(","):
             yield 1, root, where
 
 
-def own_paths(proc_root: str) -> dict[int, str]:
-    """Version -> this process's path in the hierarchy that has, or in v2 may have, the memory controller."""
+def own_paths(proc_root: str, controller: str = "memory") -> dict[int, str]:
+    """Version -> this process's path in the hierarchy that has, or in v2 may have, a controller."""
     paths = {}
     for line in (_read(Path(proc_root, "self", "cgroup")) or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
             paths[2] = path
-        elif "memory" in controllers.split(","):
+        elif controller in controllers.split(","):
             paths[1] = path
     return paths
 

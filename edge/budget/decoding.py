@@ -26,6 +26,7 @@ class Rates:
     """``shares``: format -> the part of the read bandwidth that streaming weights reaches, up to 1. ``step_s`` and
     ``token_s``: seconds beside that for each operation of a pass, and once. ``kv``: kind -> what attending over a cache
     takes. ``bandwidth``: bytes per second that memory, of a GPU its own, read beside the engine; 0: not measured.
+    ``steady``: the part of it that memory mostly read; where that is little, others used the machine.
     """
 
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Rates:
     token_s: float = 0.0
     kv: Mapping[str, KVRate] = field(default_factory=dict)
     bandwidth: float = 0.0
+    steady: float = 1.0
 
     def seconds(
         self,
@@ -50,7 +52,7 @@ class Rates:
         """
         bandwidth = max(bandwidth, self.bandwidth)
         streaming = sum(count / (self.share(name) * bandwidth) for name, count in by_format.items())
-        rate = self.kv.get(kv) or self.kv.get("bf16") or KVRate(1 / (USUAL_KV * bandwidth))
+        rate = self.kv.get(kv) or self.kv.get("bf16") or KVRate(1 / (USUAL_KV.get(kv, USUAL_KV["bf16"]) * bandwidth))
         # However fast the caches of a processor were: no faster than memory.
         attending = max(kv_bytes * rate.byte_s + products * rate.product_s, kv_bytes / bandwidth)
         return streaming + attending + steps * (self.step_s + rate.step_s) + self.token_s
@@ -66,10 +68,10 @@ class Rates:
 
 
 # What is likely where nothing was measured: an engine that streams nearly as fast as memory reads.
-USUAL_SHARE, USUAL_KV = 0.9, 0.5
+USUAL_SHARE, USUAL_KV = 0.9, {"bf16": 0.5, "int8": 0.2, "float32": 0.6}
 USUAL = {
-    "native": Rates({"int4": 0.82, "int8": 0.9, "bf16": 0.9, "float32": 0.92}, 1.5e-6, 3e-5),
-    "torch": Rates({"int4": 0.2, "int8": 0.4, "bf16": 0.8, "float32": 0.9}, 2.5e-5, 3e-4),
+    "native": Rates({"int4": 0.8, "int8": 0.88, "bf16": 0.92, "float32": 0.92}, 1e-6, 3e-5),
+    "torch": Rates({"int4": 0.02, "int8": 0.15, "bf16": 0.3, "float32": 0.8}, 3e-5, 3e-4),
     "ort": Rates({"int4": 0.6, "int8": 0.6, "float16": 0.5, "float32": 0.85}, 5e-6, 3e-4),
 }
 

@@ -25,6 +25,9 @@ from loaders.errors import EdgeError, Unsupported
 
 # No measurement takes as long; and no engine as long for a step, a byte or a product, in seconds.
 PATIENCE, SLOWEST = 180.0, 10.0
+# Rates of a machine that others used so much are not remembered beyond this process.
+STEADY = 0.7
+_unsteady: dict[str, Rates] = {}
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def key(engine: str, device: str, threads: int | None) -> str:
 
 def known(engine: str, device: str, threads: int | None = None) -> Rates | None:
     """What was measured before, if it was; takes no time."""
-    return parsed(recall(machine.FILE).get(key(engine, device, threads)))
+    name = key(engine, device, threads)
+    return parsed(recall(machine.FILE).get(name)) or _unsteady.get(name)
 
 
 def expected(engine: str, device: str, threads: int | None = None) -> Rates | None:
@@ -116,7 +120,10 @@ def measured(engine: str, device: str, threads: int | None = None) -> Rates:
     if found is None:
         why = machine.last(done.stderr)
         raise Unsupported(f"how fast the {engine} engine is cannot be measured", field="--engine", hint=why)
-    remember(machine.FILE, key(engine, device, threads), found.as_dict())
+    if found.steady >= STEADY:
+        remember(machine.FILE, key(engine, device, threads), found.as_dict())
+    else:
+        _unsteady[key(engine, device, threads)] = found
     if device == "cpu":
         machine.raise_bandwidth(threads or thread_count(), found.bandwidth)
     return found
@@ -136,10 +143,11 @@ def parsed(value: Any) -> Rates | None:
     found = {name: within(share, 1.0) for name, share in shares.items()}
     once = [within(value.get(name), SLOWEST) for name in ("step_s", "token_s")]
     bandwidth = within(value.get("bandwidth"), machine.MOST_BANDWIDTH)
-    numbers = [bandwidth, *once, *found.values(), *(x for each in kv.values() for x in each)]
+    steady = within(value.get("steady"), 1.0)
+    numbers = [bandwidth, steady, *once, *found.values(), *(x for each in kv.values() for x in each)]
     if any(number is None for number in numbers) or not bandwidth or not all(found.values()):
         return None
-    good: Any = (found, *once, {name: KVRate(*map(float, each)) for name, each in kv.items()}, bandwidth)  # type: ignore[arg-type]
+    good: Any = (found, *once, {name: KVRate(*map(float, each)) for name, each in kv.items()}, bandwidth, steady)  # type: ignore[arg-type]
     return Rates(*good)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
+from statistics import median
 from time import perf_counter
-
-import numpy as np
 
 from edge import engine as engines
 from edge.budget.machine import Reader, cache_bytes
@@ -24,9 +23,7 @@ from loaders.network.tensors import tensors
 VOCAB = 512
 MIB = 1 << 20
 # Turns in which memory and the engine are timed by turns, and seconds of each in a turn; passes at least.
-TURNS, READING_S, DECODING_S, PASSES = 3, 0.05, 0.08, 3
-# The part of those moments that are worse than a good one.
-GOOD = 0.6
+TURNS, READING_S, DECODING_S, PASSES = 3, 0.04, 0.06, 3
 # Positions at which attention is timed, just short of where a step recorded for a GPU grows.
 FAR = 4095
 CONTEXT = FAR + 1
@@ -106,7 +103,7 @@ def cases(bench: Bench, shapes: Shapes) -> Iterator[Timed]:
     for shape in (shapes.pairs, shapes.eights):
         layers = max(1, shapes.kv_bytes // (4 * shape.kv_heads * shape.head_dim * FAR))
         plain: Timed | None = None
-        for kind in KINDS:
+        for kind in KINDS if shape is shapes.pairs or bench.reader is None else KINDS[:2]:
             near, far = bench.timed(shape, layers, "bf16", kind, (0, FAR))
             yield difference(near, far)
             if plain is not None and bench.reader is None and near.seconds > plain.seconds * CLEAR:
@@ -139,8 +136,7 @@ def weights_of(model: Model, precision: str) -> dict[str, int]:
 class Bench:
     """An engine, and a reader of memory that takes turns with it; None on a GPU, whose memory is read once.
 
-    What slows a machine for a moment slows both: a time counts as what it would be if memory read as it does in good
-    moments.
+    Others only make things slower, and mostly for longer than a turn takes: of the turns the best counts.
     """
 
     def __init__(self, runtime: engines.Runtime, reader: Reader | None) -> None:
@@ -155,7 +151,7 @@ class Bench:
         model, recipe = shape.model(layers), Recipe(precision, precision)
         blank = Blank(self.runtime, model, recipe, kv, CONTEXT)
         try:
-            times, rates = self.turns(blank.step, depths)
+            times = self.turns(blank.step, depths)
         finally:
             blank.close()
             trim()
@@ -164,33 +160,31 @@ class Bench:
         found = []
         for depth in depths:
             attending = kv, reads.kv_bytes(depth, kv, context), reads.products(depth, context)
-            found.append(Timed(median(times[depth]) * fmean(rates), reads.weights, reads.steps, 1, *attending))
+            found.append(Timed(times[depth], reads.weights, reads.steps, 1, *attending))
         return found
 
-    def turns(self, step: Callable[[int], float], depths: Sequence[int]) -> tuple[dict[int, list[float]], list[float]]:
-        """(seconds of passes by depth, bytes per second that memory read in between)."""
-        times: dict[int, list[float]] = {depth: [] for depth in depths}
-        rates = []
+    def turns(self, step: Callable[[int], float], depths: Sequence[int]) -> dict[int, float]:
+        """Seconds of a pass at each depth, in the best of a few turns; memory is read in between."""
         for depth in depths:
             step(depth)  # what is only done once
+        best = dict.fromkeys(depths, math.inf)
         for _ in range(TURNS):
-            rates.append(self.read())
-            for depth, found in times.items():
-                begun = perf_counter()
+            self.read()
+            for depth in depths:
+                found, begun = list[float](), perf_counter()
                 while perf_counter() - begun < DECODING_S or len(found) < PASSES:
                     found.append(step(depth))
-        return times, rates
+                best[depth] = min(best[depth], median(found))
+        return best
 
-    def read(self) -> float:
-        """Bytes per second of a moment; the best of all is remembered."""
-        if self.reader is None:
-            return 1.0
-        marks = self.reader.marks(READING_S)
-        self.bandwidth = max(self.bandwidth, self.reader.best_of(marks))
-        self.means.append(self.reader.mean_of(marks))
-        return self.means[-1]
+    def read(self) -> None:
+        """Reads memory for a moment: the best is what it can, the others say how steady it is."""
+        if self.reader is not None:
+            marks = self.reader.marks(READING_S)
+            self.bandwidth = max(self.bandwidth, self.reader.best_of(marks))
+            self.means.append(self.reader.mean_of(marks))
 
     def rates(self, found: Sequence[Timed]) -> Rates:
-        """Of times as they would be at a bandwidth that is seen in good moments."""
-        scale = 1.0 if self.reader is None else float(np.quantile(self.means, GOOD))
-        return fit([replace(one, seconds=one.seconds / scale) for one in found], self.bandwidth)
+        """What explains the times."""
+        done = fit(found, self.bandwidth)
+        return replace(done, steady=min(1.0, median(self.means) / done.bandwidth) if self.means else 1.0)

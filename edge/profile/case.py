@@ -262,4 +262,5 @@ def told(said: dict[str, Any]) -> str:
     if said["status"] != "ok":
         return f"{said['case']}: {said['status']}: {said['why']}"
     tests = ", ".join(f"{name} {f['mean']:.4g} ± {f['deviation']:.2g}" for name, f in said["tests"].items())
-    return f"{said['case']}: {said['label']}: {tests} tokens/s, peak {format_bytes(said['memory']['peak_bytes'])}"
+    peak = said["memory"]["device_peak_bytes"] or said["memory"]["peak_bytes"]
+    return f"{said['case']}: {said['label']}: {tests} tokens/s, peak {format_bytes(peak)}"

@@ -30,11 +30,12 @@ MOST_CASES = 100
 
 @dataclass(frozen=True)
 class Planned:
-    """A case and what would run, or why nothing fits."""
+    """A case and what would run, or why nothing fits and what is ``nearest``."""
 
     case: Case
     plan: Plan | None
     refusal: WontFit | None = None
+    nearest: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def planned(subject: Subject, wanted: Wanted) -> list[Planned]:
             try:
                 found.append(Planned(case, pick(plans, asked)))
             except WontFit as error:
-                found.append(Planned(case, None, error))
+                nearest = min(plans, key=lambda plan, asked=asked: plan.over(asked))
+                found.append(Planned(case, None, error, nearest.label()))
     if len(found) > MOST_CASES:
         raise Usage(f"{len(found)} cases", field="--budgets, --contexts", expected=f"at most {MOST_CASES}")
     return found
@@ -134,7 +136,8 @@ def sweep(
     for item in items:
         if item.plan is None:
             assert item.refusal is not None
-            yield cases.refused(item.case, facts(None), str(item.refusal), item.refusal.needed)
+            why = f"nothing fits; the nearest is {item.nearest}"
+            yield cases.refused(item.case, facts(None), why, item.refusal.needed)
             continue
         found, interrupt = Measured(), None
         try:

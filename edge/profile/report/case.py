@@ -227,6 +227,10 @@ class Case:
             done = self.decode.mean * self.bytes_per_token / 1e9
         return done / can if can and done else None
 
+    def counted(self, component: str) -> bool:
+        """Whether the budget counts a component: on a GPU not what lies in the host's memory."""
+        return not self.on_device or component in mapping(self.get("plan", "bytes"))
+
     @cached_property
     def components(self) -> dict[str, float]:
         """The most bytes each component held; planned ones where nothing was measured."""

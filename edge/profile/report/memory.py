@@ -78,11 +78,13 @@ def split(case: Case, count: int) -> list[str]:
 
 
 def memory_figure(case: Case, unknown: list[str]) -> dict[str, Any] | None:
-    """Areas by component, lines for RSS and the device, the budget dashed. None without a timeline."""
+    """Areas by component, of what the budget counts; lines for RSS and the device, the budget dashed. None without a
+    timeline.
+    """
     x = times_of(case)
     stack = mapping(case.get("timeline", "components"))
     held = {name: series(stack[name], len(x)) for name in ordered(stack)}
-    held = {name: values for name, values in held.items() if any(values)}
+    held = {name: values for name, values in held.items() if any(values) and case.counted(name)}
     rss, device = series(case.get("timeline", "rss"), len(x)), series(case.get("timeline", "device"), len(x))
     if not x or not (held or any(rss) or any(device)):
         return None
