@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ def nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast this machine decodes and reads is measured elsewhere."""
     monkeypatch.setattr(forecast, "forecast", lambda plan, threads: forecast.Forecast(20e9))
     monkeypatch.setattr(noise.Around, "bandwidth", staticmethod(lambda: 20e9), raising=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rates_known() -> None:
+    """Processes of their own find the rates of this machine measured already, though badly."""
+    from edge.budget.decoding import Rates
+    from edge.budget.rates import key
+    from edge.store.cache import remember
+
+    for threads in (None, 1, 2):
+        known = Rates({"int4": 0.8, "int8": 0.8, "bf16": 0.8, "float32": 0.8}, bandwidth=20e9)
+        remember("machine.json", key("native", "cpu", threads), known.as_dict())
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +123,7 @@ def test_random_weights_come_and_go(cli: Cli, tmp_path: Path, monkeypatch: pytes
     assert done.json["report"] is None
     assert not any((tmp_path / "cache" / "synthetic").iterdir())
     assert cli("profile", *flags, "--keep", "-q").code == 0
-    (kept,) = (tmp_path / "cache" / "synthetic").iterdir()
+    (kept,) = (tmp_path / "cache" / "synthetic").glob("tiny-*")
     assert kept.name.startswith("tiny-")
     stamp = (kept / "manifest.json").stat().st_mtime_ns
     assert cli("profile", *flags, "--keep", "-q").code == 0
@@ -160,13 +174,51 @@ def test_one_that_is_killed_does_not_stop_the_others(cli: Cli, tmp_path: Path, m
     assert (tmp_path / "r" / "report.html").exists()
 
 
+def test_what_happens_to_one_case_is_its_own(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be looked at; a plan that is not the one announced; a packing that is killed."""
+    seen: list[Path] = []
+
+    def broken(path: Path, precision: str) -> list[Path]:
+        seen.append(path)
+        if len(seen) == 1:
+            raise OSError(5, "Input/output error", str(path))
+        return []
+
+    monkeypatch.setattr(subject, "files_of", broken)
+    monkeypatch.setattr(case, "changed", lambda ran, plan: len(seen) == 2)
+    monkeypatch.setattr(subject, "needs_packing", lambda path, plan: len(seen) == 3)
+    flags = ("--budgets", "88MB,89MB,90MB", "--contexts", 16, *SHORT, "-o", tmp_path / "r", "-q")
+    started: list[str] = []
+
+    def shot(line: list[str], **more: Any) -> Ended:
+        started.append(line[-1])
+        return launch([line[0], "-c", "import os; os.kill(os.getpid(), 9)"] if len(started) > 2 else line, **more)
+
+    monkeypatch.setattr(case, "launch", shot)
+    assert cli("profile", *flags).code == 1
+    first, second, third = results.read(tmp_path / "r" / "results.jsonl")
+    assert first["status"] == "failed"
+    assert "Input/output error" in first["why"]
+    assert second["status"] == "failed"
+    assert second["why"].startswith("another plan ran: ")
+    assert third["status"] == "killed"
+
+
+def test_modules_of_the_current_folder_are_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "secrets.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "statistics.py").write_text("raise SystemExit('ran')")
+    line = [sys.executable, "-P", *edge_command("profile", "--budgets", "90MB", "--contexts", 16, *SHORT)[1:]]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_interrupt_keeps_what_there_is(tmp_path: Path) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         folder = tmp_path / str(number)
         line = edge_command("profile", "--budgets", "88MB,90MB", "--contexts", 32, "--repeat", 900, "-o", folder)
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
         for _ in range(3000):
-            if (folder / "results.jsonl").exists() and children(process.pid):
+            if (folder / "results.jsonl").exists() and b"edge.profile.child" in children(process.pid):
                 break
             time.sleep(0.02)
         time.sleep(1.5)
@@ -180,8 +232,12 @@ def test_an_interrupt_keeps_what_there_is(tmp_path: Path) -> None:
         assert "interrupted" in (folder / "report.html").read_text()
 
 
-def children(pid: int) -> str:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+def children(pid: int) -> bytes:
+    """The command lines of a process's children."""
+    with suppress(OSError):
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return b" ".join(Path(f"/proc/{child}/cmdline").read_bytes() for child in pids)
+    return b""
 
 
 @pytest.mark.parametrize(
@@ -232,6 +288,7 @@ def test_a_disk_too_full_for_a_line(cli: Cli, tmp_path: Path, monkeypatch: pytes
     done = cli("profile", "--budgets", "40MB,90MB", "--contexts", 32, *SHORT, "-o", tmp_path / "r", "-q")
     assert done.code == 74
     assert "No space left" in done.err.splitlines()[-1]
+    assert "does not fit" in done.out
 
 
 def test_comparing_says_what_got_worse(cli: Cli, tmp_path: Path) -> None:
@@ -249,6 +306,9 @@ def test_comparing_says_what_got_worse(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 1
     assert "tg128" in done.out
     assert cli("profile", "--compare", new, old).code == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({**lines[0], "model": {"name": "another"}}) + "\n")
+    assert cli("profile", "--compare", old, other).code == 1
     assert cli("profile", "--compare", old, new, "--json").json["regressed"] is True
 
 

@@ -52,6 +52,7 @@ def test_lines_come_back(tmp_path: Path) -> None:
         ({"tests": {"tg128": {"mean": "2", "deviation": 0.0, "values": []}}}, "tests.tg128"),
         ({"tests": {"tg128": {"mean": True, "deviation": 0.0, "values": []}}}, "tests.tg128"),
         ({"tests": {"tg128": {"mean": 2.0, "deviation": 0.0, "values": [None]}}}, "tests.tg128"),
+        ({"tests": {"tg128": {"mean": 10**400, "deviation": 0.0, "values": []}}}, "tests.tg128"),
         ({"first_token": {}}, "first_token"),
         ({"plan": "full"}, "plan"),
     ],
@@ -85,7 +86,7 @@ def test_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_report_is_never_written_over(tmp_path: Path) -> None:
-    results.claim(tmp_path / "a")
+    results.append(results.claim(tmp_path / "a"), LINE)
     with pytest.raises(CannotCreate, match="exists already"):
         results.claim(tmp_path / "a")
     (tmp_path / "b").mkdir()

@@ -334,8 +334,8 @@ def test_the_process_that_measures_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
     run = rates.subprocess.run
 
     def small(line: list[str], **options: Any) -> Any:
-        assert line[1:3] == ["-m", "edge.budget.rates"]
-        return run([line[0], str(script), *line[3:]], **options)
+        assert line[1:4] == ["-P", "-m", "edge.budget.rates"]
+        return run([line[0], str(script), *line[4:]], **options)
 
     monkeypatch.setattr(rates.subprocess, "run", small)
     monkeypatch.setattr(rates, "STEADY", 0.0)

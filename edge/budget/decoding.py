@@ -47,10 +47,9 @@ class Rates:
     ) -> float:
         """Of a decoded token that reads so many bytes of weights and of keys and values; never less than 0.
 
-        ``bandwidth``: bytes per second. Where memory was seen to read faster beside the engine, that counts: others
-        can only have made it less.
+        ``bandwidth``: bytes per second, where none was measured beside the engine: shares are of that.
         """
-        bandwidth = max(bandwidth, self.bandwidth)
+        bandwidth = self.bandwidth or bandwidth
         streaming = sum(count / (self.share(name) * bandwidth) for name, count in by_format.items())
         rate = self.kv.get(kv) or self.kv.get("bf16") or KVRate(1 / (USUAL_KV.get(kv, USUAL_KV["bf16"]) * bandwidth))
         # However fast the caches of a processor were: no faster than memory.

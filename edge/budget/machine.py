@@ -11,7 +11,6 @@ import mmap
 import os
 import platform
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from edge.budget.memory import available_memory
 from edge.budget.plan import Floor
 from edge.engine.choice import choose
 from edge.engine.threads import thread_count
+from edge.processes import module_command, module_environment
 from edge.store.cache import recall, remember
 from loaders.errors import EdgeError, Unsupported
 
@@ -99,8 +99,8 @@ def floor_for(engine: str, device: str) -> Known:
     """
     found = known_floor(engine, device)
     if found is None:
-        line = [sys.executable, "-m", "edge.budget.floor", engine, device]
-        done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        line, env = module_command("edge.budget.floor", engine, device), module_environment()
+        done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=env)
         answer = last_line(done.stdout)
         if "error" in answer:
             raise error_of(answer)

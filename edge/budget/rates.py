@@ -20,13 +20,14 @@ import numpy as np
 from edge.budget import machine
 from edge.budget.decoding import KVRate, Rates, usual
 from edge.engine.threads import thread_count
+from edge.processes import module_command, module_environment
 from edge.store.cache import recall, remember
 from loaders.errors import EdgeError, Unsupported
 
 # No measurement takes as long; and no engine as long for a step, a byte or a product, in seconds.
 PATIENCE, SLOWEST = 180.0, 10.0
 # Rates of a machine that others used so much are not remembered beyond this process.
-STEADY = 0.7
+STEADY = 0.6
 _unsteady: dict[str, Rates] = {}
 
 
@@ -106,10 +107,16 @@ def measured(engine: str, device: str, threads: int | None = None) -> Rates:
     found = known(engine, device, threads)
     if found is not None:
         return found
-    line = [sys.executable, "-m", "edge.budget.rates", engine, device, *([str(threads)] if threads else [])]
+    line = module_command("edge.budget.rates", engine, device, *([str(threads)] if threads else []))
     try:
         done = subprocess.run(
-            line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=PATIENCE
+            line,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=PATIENCE,
+            env=module_environment(),
         )
     except subprocess.TimeoutExpired:
         raise Unsupported(f"the {engine} engine took more than {PATIENCE:.0f} s to measure", field="--engine") from None

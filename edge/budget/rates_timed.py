@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -23,7 +22,7 @@ from loaders.network.tensors import tensors
 VOCAB = 512
 MIB = 1 << 20
 # Turns in which memory and the engine are timed by turns, and seconds of each in a turn; passes at least.
-TURNS, READING_S, DECODING_S, PASSES = 3, 0.04, 0.06, 3
+TURNS, READING_S, DECODING_S, PASSES = 7, 0.04, 0.06, 3
 # Positions at which attention is timed, just short of where a step recorded for a GPU grows.
 FAR = 4095
 CONTEXT = FAR + 1
@@ -136,7 +135,7 @@ def weights_of(model: Model, precision: str) -> dict[str, int]:
 class Bench:
     """An engine, and a reader of memory that takes turns with it; None on a GPU, whose memory is read once.
 
-    Others only make things slower, and mostly for longer than a turn takes: of the turns the best counts.
+    Of the turns the middle one counts: a run, too, has its better and its worse moments.
     """
 
     def __init__(self, runtime: engines.Runtime, reader: Reader | None) -> None:
@@ -164,18 +163,18 @@ class Bench:
         return found
 
     def turns(self, step: Callable[[int], float], depths: Sequence[int]) -> dict[int, float]:
-        """Seconds of a pass at each depth, in the best of a few turns; memory is read in between."""
+        """Seconds of a pass at each depth, in the middle one of a few turns; memory is read in between."""
         for depth in depths:
             step(depth)  # what is only done once
-        best = dict.fromkeys(depths, math.inf)
+        every: dict[int, list[float]] = {depth: [] for depth in depths}
         for _ in range(TURNS):
             self.read()
             for depth in depths:
                 found, begun = list[float](), perf_counter()
                 while perf_counter() - begun < DECODING_S or len(found) < PASSES:
                     found.append(step(depth))
-                best[depth] = min(best[depth], median(found))
-        return best
+                every[depth].append(median(found))
+        return {depth: median(found) for depth, found in every.items()}
 
     def read(self) -> None:
         """Reads memory for a moment: the best is what it can, the others say how steady it is."""

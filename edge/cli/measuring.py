@@ -15,7 +15,7 @@ from edge.profile import results
 from edge.profile.case import told
 from edge.profile.run import Planned
 from edge.profile.subject import Subject
-from loaders.errors import printable
+from loaders.errors import EdgeError, printable
 
 
 class Talk:
@@ -88,17 +88,22 @@ class Keeper:
             results.append(self.file, line)
         self.talk.line(told(line))
 
-    def finish(self) -> None:
-        """The page, of what there is."""
+    def finish(self) -> EdgeError | None:
+        """The page, of what there is; why there is none, where it cannot be written."""
         if self.file is None:
-            return
+            return None
         if not self.lines:
             self.file.unlink(missing_ok=True)
             if self._made:
                 with suppress(OSError):
                     self.file.parent.rmdir()
-            return
+            return None
         from edge.profile.report import write_report
 
-        self.report = self.file.with_name(results.REPORT)
-        write_report(self.lines, self.report)
+        page = self.file.with_name(results.REPORT)
+        try:
+            write_report(self.lines, page)
+        except EdgeError as error:
+            return error
+        self.report = page
+        return None

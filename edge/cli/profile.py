@@ -23,9 +23,13 @@ PINS = ("slice", "precision", "ple", "kv", "threads", "mmap")
 @click.argument("model", required=False)
 @click.option("--config", metavar="NAME|FILE", help="Random weights at the shapes of a published model or config.json.")
 @click.option("--budgets", metavar="SIZES", help="1GB,2GB,3GB.  [default: four, from what fits at least]")
-@click.option("--contexts", default="512", show_default=True, metavar="N,N", help="Tokens of prompts; decoded after.")
-@click.option("--repeat", default=5, show_default=True, type=click.IntRange(1, 1000), metavar="N", help="Warm runs.")
-@click.option("-n", "new", default=128, show_default=True, type=click.IntRange(2, 1 << 16), help="Tokens decoded.")
+@click.option("--contexts", default="512", show_default=True, metavar="N,N", help="Lengths of the prompts, tokens.")
+@click.option(
+    "--repeat", default=5, show_default=True, type=click.IntRange(1, 1000), metavar="N", help="Runs of a case."
+)
+@click.option(
+    "-n", "new", default=128, show_default=True, type=click.IntRange(2, 1 << 16), metavar="N", help="Tokens to decode."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Keep results and report here.")
 @click.option("--in-cgroup", "in_box", is_flag=True, help="Also run under a hard limit equal to the budget.")
 @click.option("--against", metavar="llama.cpp", help="Also run a peer that is installed, on the same shape.")
@@ -50,7 +54,8 @@ def command(**flags: Any) -> int:
       edge profile ./model --budgets 2GB --in-cgroup
       edge profile --compare before/results.jsonl after/results.jsonl
 
-    pp512 is a prompt of 512 tokens, tg128 decoding 128 tokens, '@ d4096' after 4,096. -o DIR keeps results.jsonl
+    pp512 is a prompt of 512 tokens, tg128 decoding 128 tokens, '@ d4096' after 4,096; the first token is that of the
+    first prompt, of 512 tokens or fewer. -o DIR keeps results.jsonl
     and report.html. Exits with 1 when a run was killed or broke its budget, or --compare finds a regression; with 80
     when nothing fits.
     """
@@ -62,9 +67,10 @@ def command(**flags: Any) -> int:
 
     console, loud = stderr(), not (flags["quiet"] or flags["as_json"])
     subject, wanted = subjects.find(flags["model"], flags["config"]), asked(flags)
-    check_box(flags["in_box"])
     peer = found_peer(flags["against"], subject)
     items = sweeps.planned(subject, wanted)
+    if flags["in_box"]:
+        check_box(items[0].case.device)
     if not any(item.plan for item in items):
         raise next(item.refusal for item in items if item.refusal is not None)
     talk = Talk(console, loud, runs_of(items))
@@ -72,24 +78,30 @@ def command(**flags: Any) -> int:
     talk.introduce(subject, items, keeper.file)
     try:
         with talk:
-            facts = Facts(subject, items)
-            with sweeps.make(subject, items, flags["keep"], talk.notify) as path:
-                sweeps.prepare(path, items, talk.at)
-                for line in sweeps.sweep(path, items, facts, expectation(items), flags["in_box"], talk):
-                    keeper.add(line)
-            if peer is not None:
-                for line in against(peer, subject, wanted, facts, talk.at):
-                    keeper.add(line)
+            for line in lines(subject, wanted, items, peer, flags, talk):
+                keeper.add(line)
     except KeyboardInterrupt:
-        keeper.finish()
-        present(keeper, flags["as_json"], console, loud)
         return INTERRUPTED
-    except BaseException:
-        keeper.finish()
-        raise
-    keeper.finish()
-    present(keeper, flags["as_json"], console, loud)
+    finally:
+        # Whatever has ended it: what was measured is shown and kept.
+        trouble = keeper.finish()
+        present(keeper, flags["as_json"], console, loud)
+    if trouble is not None:
+        raise trouble
     return verdict(keeper.lines)
+
+
+def lines(
+    subject: Any, wanted: Any, items: Sequence[Any], peer: Any, flags: dict[str, Any], talk: Any
+) -> Iterator[Any]:
+    """What comes out, case by case, the peer's last."""
+    from edge.profile import run as sweeps
+
+    facts = Facts(subject, items)
+    with sweeps.make(subject, items, flags["keep"], talk.notify) as path:
+        yield from sweeps.sweep(path, items, facts, expectation(items), flags["in_box"], talk)
+    if peer is not None:
+        yield from against(peer, subject, wanted, facts, talk.at)
 
 
 def asked(flags: dict[str, Any]) -> Any:
@@ -117,16 +129,15 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def check_box(wanted: bool) -> None:
-    """Raises NotPermitted where no control group can be made, before anything is measured."""
-    if wanted:
-        from edge.profile import box
+def check_box(device: str) -> None:
+    """Raises NotPermitted where no control group can be made, Usage where it would not hold what the budget counts."""
+    from edge.profile import box
 
-        reason = box.why_not()
-        if reason is not None:
-            raise NotPermitted(
-                reason, field="--in-cgroup", hint="Run as root, or where a memory controller is handed on"
-            )
+    if device != "cpu":
+        raise Usage(f"on {device}", field="--in-cgroup", expected="a CPU: a control group holds no device's memory")
+    reason = box.why_not()
+    if reason is not None:
+        raise NotPermitted(reason, field="--in-cgroup", hint="Run as root, or where a memory controller is handed on")
 
 
 def found_peer(name: str | None, subject: Any) -> Any:
@@ -195,19 +206,32 @@ def expectation(items: Sequence[Any]) -> Any:
 def present(keeper: Any, as_json: bool, console: Any, loud: bool) -> None:
     """The table, or the lines as JSON, on stdout; where the report lies on stderr."""
     report = None if keeper.report is None else printable(keeper.report)
+    if not keeper.lines:
+        return
     if as_json:
         print_json({"cases": keeper.lines, "report": report})
         return
-    if keeper.lines:
-        out = stdout()
-        left_out: tuple[str, ...] = ()
-        while not fits(profiled.table(keeper.lines, left_out), out) and len(left_out) < len(profiled.SPARE):
-            left_out = profiled.SPARE[: len(left_out) + 1]
-        out.print(profiled.table(keeper.lines, left_out))
-        for note in profiled.notes(keeper.lines):
-            out.print(note, markup=False, soft_wrap=True)
+    out = stdout()
+    shown, left_out = fitting(keeper.lines, out)
+    out.print(shown)
+    for note in profiled.notes(keeper.lines):
+        out.print(note, markup=False, soft_wrap=True)
+    if left_out and loud:
+        where = "report.html has them" if report else "--json or a wider terminal has them"
+        console.print(f"left out for want of width: {', '.join(left_out)}; {where}", markup=False, soft_wrap=True)
     if report is not None and loud:
         console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def fitting(found: Sequence[dict[str, Any]], out: Any) -> tuple[Any, tuple[str, ...]]:
+    """The table as wide as fits, and the columns that were left out of it."""
+    blank = profiled.blank(found)
+    spare = tuple(name for name in profiled.SPARE if name not in blank)
+    for count in range(len(spare)):
+        table = profiled.table(found, (*blank, *spare[:count]))
+        if fits(table, out):
+            return table, spare[:count]
+    return profiled.table(found, (*blank, *spare)), spare
 
 
 def verdict(lines: Sequence[dict[str, Any]]) -> int:
@@ -231,4 +255,4 @@ def compare(old: Path, new: Path, as_json: bool) -> int:
         print_json(found.as_dict())
     else:
         stdout().print(table(found))
-    return REGRESSED if found.regressed else 0
+    return REGRESSED if found.regressed or not found.cases else 0

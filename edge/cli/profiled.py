@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from edge.budget.units import format_bytes
 from edge.profile.results import number
 from loaders.errors import printable
 
 # Columns that a narrow terminal does without, the first to go first.
-SPARE = ("p50/p99 ms", "J/token", "predicted", "GB/s", "load cold", "planned")
+SPARE = ("J/token", "p50/p99 ms", "load cold", "GB/s", "predicted", "planned")
 
 
 def table(lines: Sequence[dict[str, Any]], leave_out: Sequence[str] = ()) -> Table:
@@ -26,8 +27,14 @@ def table(lines: Sequence[dict[str, Any]], leave_out: Sequence[str] = ()) -> Tab
         found.add_column(name, justify="left" if name in ("case", "plan") else "right", overflow="fold")
     for line in lines:
         cells = row(line, tests)
-        found.add_row(*(cells.get(name, "") for name in shown), style=None if line["status"] == "ok" else "dim")
+        found.add_row(*(Text(cells.get(name, "")) for name in shown), style=None if line["status"] == "ok" else "dim")
     return found
+
+
+def blank(lines: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Columns that no case has anything in."""
+    cells = [row(line, ()) for line in lines]
+    return tuple(name for name in SPARE if not any(found.get(name) for found in cells))
 
 
 def row(line: dict[str, Any], tests: Sequence[str]) -> dict[str, str]:

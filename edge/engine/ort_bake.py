@@ -26,6 +26,7 @@ import onnxruntime as ort
 from edge.budget.memory import available_memory
 from edge.budget.price_ort import OrtPrices
 from edge.engine.ort_start import ERRORS, PROVIDERS, options
+from edge.processes import module_command, module_environment
 from edge.store.cache import cache_root, in_memory, make_folder
 from edge.store.packs import key_of, locked, refuse_foreign
 from loaders.errors import EdgeError
@@ -118,8 +119,11 @@ def bake(package: Package, folder: Path, size: int, notify: Notify) -> None:
     """Writes the folder, whole or not at all."""
     with fresh_folder(folder, size + size // 20) as place:
         notify("baking", 0, 1)
-        line = [sys.executable, "-m", "edge.engine.ort_bake", str(package.graph.absolute()), str(place)]
-        subprocess.run(line, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        line, none = (
+            module_command("edge.engine.ort_bake", str(package.graph.absolute()), str(place)),
+            subprocess.DEVNULL,
+        )
+        subprocess.run(line, check=True, stdin=none, stdout=none, stderr=none, env=module_environment())
         files = {}
         for name in (GRAPH, DATA):
             files[name] = {"bytes": (place / name).stat().st_size, "sha256": manifests.digest(place / name)}

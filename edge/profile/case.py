@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge.budget.plan import Plan, Request
+from edge.budget.plan import Floor, Plan, Request
 from edge.budget.units import format_bytes
+from edge.engine.threads import thread_count
+from edge.processes import module_environment
 from edge.profile import box, subject
 from edge.profile.child import Asked
 from edge.profile.forecast import Forecast
@@ -32,6 +35,7 @@ class Case:
     engine: str
     new: int
     repeat: int
+    floor: Floor | None = None
 
     @property
     def name(self) -> str:
@@ -48,12 +52,14 @@ class Case:
         """Tokens decoding is repeated after; 0 where the prompt is all there is."""
         return self.context if self.context > PROMPT else 0
 
-    def asked(self, path: Path, *, short: bool = False, new: int | None = None) -> Asked:
-        """What a child is told."""
+    def asked(self, path: Path, *, short: bool = False, new: int | None = None, seed: int = 0) -> Asked:
+        """What a child is told. Another ``seed``, other tokens: their rows of a table are not in the page cache yet."""
         names = ("budget", "ram_budget", "slice", "precision", "ple", "kv", "context", "threads", "lock", "mmap")
         request = {name: getattr(self.request, name) for name in names}
         count = self.new if new is None else new
-        return Asked(str(path), request, self.device, self.engine, self.prompt, count, self.depth, short)
+        floor = None if self.floor is None else asdict(self.floor)
+        about = (floor, self.device, self.engine, self.prompt, count, self.depth)
+        return Asked(str(path), request, *about, short=short, seed=seed)
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Measured:
     warm: list[tuple[Ended, float | None]] = field(default_factory=list)
     boxed: dict[str, Any] | None = None
     around: Around = field(default_factory=Around)
+    error: str | None = None
 
     def good(self) -> list[Ended]:
         """Warm runs that ended well."""
@@ -76,7 +83,6 @@ class Measured:
 
 def measure(case: Case, path: Path, plan: Plan, found: Measured, listener: Any, in_box: bool) -> None:
     """Runs a case's processes one after another, into ``found``: an interrupt leaves what was measured."""
-    files = subject.files_of(path, plan.precision)
     on_device = plan.device != "cpu"
 
     def run(what: str, asked: Asked) -> tuple[Ended, float | None]:
@@ -85,12 +91,19 @@ def measure(case: Case, path: Path, plan: Plan, found: Measured, listener: Any, 
         listener.done(1)
         return ended, share
 
+    if subject.needs_packing(path, plan):
+        listener.at(f"{case.name}: packing")
+        packed = launch(command(case.asked(path, new=0)))
+        if packed.status != "ok":
+            found.cold.append((packed, None))
+            return
+    files = subject.files_of(path, plan.precision)
     with found.around:
         if subject.drop(files):
             found.cold.append(run("cold", case.asked(path, short=True)))
         if found.bad() is None:
             for turn in range(case.repeat):
-                found.warm.append(run(f"run {turn + 1} of {case.repeat}", case.asked(path)))
+                found.warm.append(run(f"run {turn + 1} of {case.repeat}", case.asked(path, seed=turn + 1)))
                 if found.bad() is not None:
                     break
     if in_box and found.bad() is None:
@@ -100,11 +113,13 @@ def measure(case: Case, path: Path, plan: Plan, found: Measured, listener: Any, 
 
 
 def boxed(case: Case, path: Path, found: Measured) -> dict[str, Any]:
-    """The short run again, in a memory control group whose hard limit is the budget, without swap."""
+    """The first warm run in short, in a memory control group whose hard limit is the budget, without swap."""
     limit = case.request.budget
     assert limit is not None
     try:
-        done = box.run(command(case.asked(path, short=True)), limit, timeout=BOX_TIMEOUT)
+        done = box.run(
+            command(case.asked(path, short=True, seed=1)), limit, env=module_environment(), timeout=BOX_TIMEOUT
+        )
     except (OSError, ValueError) as error:
         return {"status": "failed", "why": str(error), "limit_bytes": limit, "oom_kills": 0, "same_tokens": False}
     ended = Ended()
@@ -128,7 +143,8 @@ def line(case: Case, facts: dict[str, Any]) -> dict[str, Any]:
     """What every line says, whatever became of its case; ``facts``: model, machine, versions."""
     asked = {
         "budget": case.budget, "budget_bytes": case.request.budget, "context": case.context, "device": case.device,
-        "engine": case.engine, "threads": case.request.threads, "repeat": case.repeat, "new": case.new,
+        "engine": case.engine, "threads": case.request.threads or thread_count(), "repeat": case.repeat,
+        "new": case.new,
     }  # fmt: skip
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"schema": SCHEMA, "case": case.name, "status": "ok", "why": None, "time": when, **facts, "asked": asked}
@@ -142,7 +158,9 @@ def refused(case: Case, facts: dict[str, Any], why: str, needed: int) -> dict[st
 def summed(case: Case, facts: dict[str, Any], plan: Plan, found: Measured, expected: Forecast) -> dict[str, Any]:
     """The line of a case that ran, or began to."""
     said, good, bad = line(case, facts), found.good(), found.bad()
-    if bad is not None:
+    if found.error is not None:
+        said |= {"status": "failed", "why": found.error}
+    elif bad is not None:
         said |= {"status": bad.status, "why": bad.why}
         if "needed_bytes" in bad.error:
             said["needed_bytes"] = bad.error["needed_bytes"]
@@ -158,15 +176,24 @@ def summed(case: Case, facts: dict[str, Any], plan: Plan, found: Measured, expec
     if not good:
         return said
     results = [ended.result for ended in good]
+    if any(changed(result["plan"], plan) for result in results):
+        return said | {"status": "failed", "why": f"another plan ran: {results[-1]['label']}"}
     said |= {"plan": results[-1]["plan"], "label": results[-1]["label"], "warm": start(found.warm)}
     said |= speeds(case, results)
-    said["memory"] = memory(results, case.request.budget, plan.device)
-    reads = found.around.mean if plan.device == "cpu" else expected.bandwidth
-    said["bandwidth"] = bandwidth(found.around, said["tests"][f"tg{case.new}"]["mean"], results[-1]["plan"], reads)
-    cold = found.cold[0][0].result if "cold" in said else None
-    said |= {"ple": ple(results), "storage": storage(cold or results[0]), "energy": energy(results)}
+    said["memory"] = memory(good, case.request.budget, plan.device)
+    expected.learn(plan, found.around, case.request.threads)
+    said["bandwidth"] = bandwidth(
+        found.around, said["tests"][f"tg{case.new}"]["mean"], results[-1]["plan"], expected.bandwidth
+    )
+    said |= {"ple": ple(results), "storage": storage(results), "energy": energy(results)}
     said["predicted"] = predicted(case, plan, said, expected)
     return said if found.boxed is None else {**said, "boxed": found.boxed}
+
+
+def changed(ran: dict[str, Any], plan: Plan) -> bool:
+    """Whether a run was of another plan than was announced."""
+    said = plan.as_dict()
+    return any(ran[name] != said[name] for name in ("slice", "precision", "head", "ple", "kv", "context", "chunk"))
 
 
 def start(runs: Sequence[tuple[Ended, float | None]]) -> dict[str, Any]:
@@ -190,19 +217,29 @@ def speeds(case: Case, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         decoded[f"tg{case.new} @ d{case.depth}"] = [r["deep"] for r in results]
     tests |= {name: figure([speed(d) for d in found]) for name, found in decoded.items()}
     latency = {name: percentiles([s for d in found for s in d["seconds"]]) for name, found in decoded.items()}
-    return {"tests": tests, "latency_ms": latency, "first_token": results[-1]["first_token"]}
+    return {"tests": tests, "latency_ms": latency, "first_token": curve([r["first_token"] for r in results])}
 
 
-def memory(results: Sequence[dict[str, Any]], budget: int | None, device: str) -> dict[str, Any]:
-    """The highest of all runs; of components the last run's. ``kept``: the budget was."""
-    every = [r["memory"] for r in results]
-    most = ("peak_bytes", "anonymous_bytes", "file_backed_bytes", "pss_bytes", "device_peak_bytes")
+def curve(runs: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Tokens of a prompt and the seconds it takes, once all is warm: the median of runs."""
+    return [[points[0][0], statistics.median(seconds for _, seconds in points)] for points in zip(*runs, strict=True)]
+
+
+def memory(good: Sequence[Ended], budget: int | None, device: str) -> dict[str, Any]:
+    """The highest of all runs; of components the last run's. Own and of files: in the highest sample of all.
+
+    ``kept``: whether the budget was; None where nobody counts a device's memory.
+    """
+    every = [ended.result["memory"] for ended in good]
+    most = ("peak_bytes", "pss_bytes", "device_peak_bytes")
     found = {name: max((m[name] for m in every if m[name] is not None), default=None) for name in most}
     counted = found["peak_bytes"] if device == "cpu" else found["device_peak_bytes"]
+    highest = max((sample for ended in good for sample in ended.samples), key=lambda sample: sample[1], default=None)
+    own, files = (every[-1]["anonymous_bytes"], every[-1]["file_backed_bytes"]) if highest is None else highest[2:4]
     return {
-        **found, "file_bytes": found.pop("file_backed_bytes"), "planned_bytes": every[-1]["planned_bytes"],
+        **found, "anonymous_bytes": own, "file_bytes": files, "planned_bytes": every[-1]["planned_bytes"],
         "host_planned_bytes": every[-1]["host_planned_bytes"], "components": every[-1]["components"],
-        "kept": budget is None or counted is None or counted <= budget,
+        "kept": None if counted is None else budget is None or counted <= budget,
     }  # fmt: skip
 
 
@@ -228,10 +265,11 @@ def ple(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def storage(result: dict[str, Any]) -> dict[str, Any]:
-    """By the kernel's count, of the cold run where there was one."""
-    read = result["decode"]["storage_bytes"]
-    return {"bytes_per_token": None if read is None else read / len(result["decode"]["tokens"])}
+def storage(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Read from storage while decoding, by the kernel's count: rows that the page cache had are not in it."""
+    read = [r["decode"]["storage_bytes"] for r in results]
+    tokens = sum(len(r["decode"]["tokens"]) for r in results)
+    return {"bytes_per_token": None if None in read else sum(read) / tokens}
 
 
 def energy(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

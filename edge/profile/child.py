@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import monotonic, perf_counter
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from edge.budget.plan import Request
+from edge.budget.plan import Floor, Request
 from edge.cli import run as _run  # noqa: F401 - what `edge run` has in memory too
 from edge.profile.energy import Meter
 from edge.sampling import Sampler, Sampling
@@ -37,7 +37,8 @@ VOLUNTEER = 800
 
 @dataclass(frozen=True)
 class Asked:
-    """What a child measures. ``request`` are the fields of a planner's request.
+    """What a child measures. ``request`` are the fields of a planner's request, ``floor`` those of the floor that the
+    plan stands on: another process may find a few pages more or less.
 
     ``prompt``: tokens of the first prompt; ``new``: of a decoding; ``depth``: tokens of context after which is decoded
     again, 0 for not. ``short``: leave out all but loading, the first prompt and decoding. ``new`` 0: only load.
@@ -45,6 +46,7 @@ class Asked:
 
     model: str
     request: dict[str, Any] = field(default_factory=dict)
+    floor: dict[str, int] | None = None
     device: str = "cpu"
     engine: str = "auto"
     prompt: int = 512
@@ -175,6 +177,8 @@ def measure(asked: Asked, say: Voice) -> dict[str, Any]:
     say.mark("started")
     before = storage_bytes()
     ready = prepare(Path(asked.model), Request(**asked.request), asked.device, asked.engine)
+    if asked.floor is not None:
+        ready = replace(ready, floor=Floor(**asked.floor))
     with Observed(ready, say, started) as session, session.followed:
         say.mark("loaded")
         loaded = difference(before, storage_bytes())

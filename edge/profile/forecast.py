@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from edge.budget import rates
 from edge.budget.disk import DiskSpeed, disk_speed
-from edge.budget.machine import read_bandwidth
+from edge.budget.machine import raise_bandwidth, read_bandwidth
 from edge.budget.plan import Plan
+from edge.engine.threads import thread_count
+from edge.profile.noise import Around
 from loaders.errors import EdgeError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Forecast:
     """``bandwidth``: bytes per second that the memory reads which decoding reads from, as the planner knows it; None
     where nobody knows. ``rates``: how near the engine comes to that.
@@ -20,6 +22,13 @@ class Forecast:
     bandwidth: float | None = None
     rates: rates.Rates | None = None
     disk: DiskSpeed | None = None
+
+    def learn(self, plan: Plan, around: Around, threads: int | None) -> None:
+        """Memory that has been seen to read faster than was known is as fast for all plans from now on."""
+        seen = max(around.before, around.after)
+        if plan.device == "cpu" and seen > (self.bandwidth or 0.0):
+            self.bandwidth = seen
+            raise_bandwidth(threads or thread_count(), seen)
 
     def tps(self, plan: Plan, depth: int) -> float | None:
         """Tokens per second of decoding after ``depth`` tokens; None where it cannot be said."""
@@ -34,4 +43,4 @@ def forecast(plan: Plan, threads: int | None) -> Forecast:
         known = rates.expected(plan.engine, plan.device, threads)
     if plan.device != "cpu":
         return Forecast(None if known is None else known.bandwidth or None, known, disk_speed())
-    return Forecast(read_bandwidth(), known, disk_speed())
+    return Forecast(read_bandwidth(threads), known, disk_speed())

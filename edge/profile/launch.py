@@ -6,7 +6,6 @@ import io
 import json
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from bisect import bisect_right
@@ -20,9 +19,13 @@ from typing import IO, Any, Self
 from edge.budget.memory import read_process
 from edge.budget.nvml import device_used
 from edge.budget.units import format_bytes
+from edge.processes import module_command, module_environment
 from edge.profile.child import Asked
 
 HZ = 50
+# Seconds after which a child that has not ended is ended.
+LONGEST = 7200.0
+KILL = getattr(signal, "SIGKILL", 9)
 # Points of a timeline that is kept.
 POINTS = 400
 LONGEST_LINE = 4 << 20
@@ -85,7 +88,7 @@ class Sampling:
 
 def command(asked: Asked) -> list[str]:
     """The process that measures."""
-    return [sys.executable, "-m", "edge.profile.child", asked.to_json()]
+    return module_command("edge.profile.child", asked.to_json())
 
 
 def launch(line: Sequence[str], *, device: bool = False, heard: Callable[[str], None] = lambda _: None) -> Ended:
@@ -95,14 +98,23 @@ def launch(line: Sequence[str], *, device: bool = False, heard: Callable[[str], 
     with tempfile.TemporaryFile() as errors:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the child.
         process = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            env=module_environment(),
         )
+        late = threading.Timer(LONGEST, process.kill)
+        late.daemon = True
+        late.start()
         try:
             with Sampling(process.pid, device, baseline, began) as sampling:
                 assert process.stdout is not None
                 follow(process.stdout, found, began, heard)
                 process.wait()
         finally:
+            late.cancel()
             process.kill()
             process.wait()
             if process.stdout is not None:
@@ -150,7 +162,7 @@ def ending(code: int, found: Ended, said: str, kills: int) -> tuple[str, str | N
     if found.error:
         return ("refused" if "needed_bytes" in found.error else "failed"), str(found.error.get("text"))
     held = f" at {format_bytes(found.peak_seen)}" if found.peak_seen else ""
-    if code == -signal.SIGKILL:
+    if code == -KILL:
         whom = "by the kernel, out of memory" if kills else "by somebody, or by the kernel out of memory"
         return "killed", f"killed {whom}{held}"
     if code < 0:

@@ -17,7 +17,7 @@ import psutil
 from edge.budget.machine import measured_bandwidth
 
 # How much less memory may read at one end than at the other, and how many cores others may keep busy.
-CHANGED, BUSY = 0.15, 0.2
+CHANGED, BUSY = 0.25, 0.2
 
 
 def busy_seconds() -> float:
@@ -52,11 +52,6 @@ class Around:
         self.others = max(0.0, busy_seconds() - busy - (own_seconds() - own)) / wall
         # Whoever interrupts does not want to wait for a figure.
         self.after = self.before if kind is not None else self.bandwidth()
-
-    @property
-    def mean(self) -> float:
-        """Bytes per second, of before and after."""
-        return (self.before + self.after) / 2
 
     def as_dict(self) -> dict[str, Any]:
         """``noise`` of a line of results."""

@@ -148,7 +148,7 @@ def run(
                     peer, tests = benched(peer, asked, file, found, say, timeout)
                 else:
                     measure(peer, asked, file, found, say, timeout)
-        except KeyboardInterrupt as interrupt:
+        except (KeyboardInterrupt, SystemExit) as interrupt:
             stop = interrupt
         line = summed(peer, asked, facts, found, tests, gguf.bytes_per_token(model))
         if stop is not None:
@@ -266,7 +266,8 @@ def summed(
 
 def bandwidth(around: Around, tps: float, size: int) -> dict[str, Any]:
     """What decoding read a second, ``size`` bytes a token, beside what this machine read before and after."""
-    rates = {"before_gbps": around.before / 1e9, "after_gbps": around.after / 1e9, "read_gbps": around.mean / 1e9}
+    before, after = around.before / 1e9, around.after / 1e9
+    rates = {"before_gbps": before, "after_gbps": after, "read_gbps": max(before, after)}
     return {**rates, "achieved_gbps": tps * size / 1e9, "bytes_per_token": size}
 
 

@@ -16,7 +16,7 @@ from loaders.formats.config import parse_json, read_bytes
 
 SCHEMA = 1
 RESULTS, REPORT = "results.jsonl", "report.html"
-MOST_BYTES, MOST_LINES = 64 << 20, 10_000
+MOST_BYTES, MOST_LINES, MOST = 64 << 20, 10_000, 1 << 63
 STATUSES = ("ok", "refused", "killed", "failed", "interrupted")
 # What a line has whatever became of its case.
 ALWAYS = {"case": str, "status": str, "model": dict, "machine": dict, "asked": dict}
@@ -50,9 +50,10 @@ def claim(folder: Path) -> Path:
     try:
         folder.mkdir(exist_ok=True)
         for name in (RESULTS, REPORT):
-            if os.path.lexists(folder / name):
+            if os.path.lexists(folder / name) and (name == REPORT or os.path.getsize(folder / name)):
                 raise CannotCreate("exists already", file=folder / name, hint="Give another folder with -o")
-        with open(folder / RESULTS, "x"):
+        # An empty one is what a killed process has left.
+        with open(folder / RESULTS, "a"):
             pass
     except PermissionError as e:
         raise NotPermitted(e.strerror, file=folder) from None
@@ -129,4 +130,4 @@ def check_figure(found: Any, where: str, field: str) -> None:
 
 def number(value: Any) -> bool:
     """A finite number and no bool."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < MOST)

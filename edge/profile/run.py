@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from edge.budget.machine import measured_bandwidth
 from edge.budget.memory import default_budget
-from edge.budget.nvml import device_used
 from edge.budget.plan import Plan, Request, enumerate_plans, pick
-from edge.budget.units import format_bytes, parse_bytes
+from edge.budget.units import parse_bytes
 from edge.profile import case as cases
 from edge.profile import subject as subjects
 from edge.profile.case import Case, Measured
 from edge.profile.forecast import Forecast
-from edge.profile.launch import command, launch
+from edge.profile.noise import Around
 from edge.profile.subject import Subject
 from edge.session import plan_floor
 from edge.store.measured import measured
-from loaders.errors import EdgeError, ReadFailed, Usage, WontFit
+from loaders.errors import EdgeError, Usage, WontFit, printable
 from loaders.formats.sharded import Notify
 
 # Budgets of a sweep that nobody named.
 RUNGS = 4
+# What another process may need more than this one thought: a plan that fits to the byte may not fit it.
+ROOM = 2 << 20
 MOST_CASES = 100
 
 
@@ -65,7 +68,7 @@ def planned(subject: Subject, wanted: Wanted) -> list[Planned]:
     for text in wanted.budgets or ladder([plan for plans in tables.values() for plan in plans], request.device):
         for context, plans in tables.items():
             asked = replace(request, budget=parse_bytes(text, "--budgets"), context=context + wanted.new)
-            case = Case(text, asked, context, request.device, request.engine, wanted.new, wanted.repeat)
+            case = Case(text, asked, context, request.device, request.engine, wanted.new, wanted.repeat, floor)
             try:
                 found.append(Planned(case, pick(plans, asked)))
             except WontFit as error:
@@ -86,9 +89,8 @@ def check_contexts(wanted: Wanted, most: int) -> None:
 
 def ladder(plans: Sequence[Plan], device: str) -> tuple[str, ...]:
     """Budgets from the least that anything fits to what the best plan takes or this machine has, evenly in ratio."""
-    least, best = min(plan.total_bytes for plan in plans), plans[0].total_bytes
-    have = default_budget()[0] if device == "cpu" else device_used() or best
-    most = max(least, min(best, have) if device == "cpu" else best)
+    least, best = min(plan.total_bytes for plan in plans) + ROOM, plans[0].total_bytes + ROOM
+    most = max(least, min(best, default_budget()[0]) if device == "cpu" else best)
     steps = [least * (most / least) ** (i / (RUNGS - 1)) for i in range(RUNGS)]
     return tuple(dict.fromkeys(rounded_up(step) for step in steps))
 
@@ -102,16 +104,11 @@ def rounded_up(size: float) -> str:
     return f"{steps * round(digit)}{name}" if digit >= 1 else f"{steps / round(1 / digit):g}{name}"
 
 
-def prepare(path: Path, wanted: Sequence[Planned], say: Callable[[str], None]) -> None:
-    """Makes the packs that the first run of a plan would make: it would be measured else. Raises what that raises."""
-    for item in wanted:
-        if item.plan is not None and subjects.needs_packing(path, item.plan):
-            say(f"{item.case.name}: packing")
-            ended = launch(command(item.case.asked(path, new=0)))
-            if ended.status != "ok":
-                kinds = {kind.__name__: kind for kind in EdgeError.__subclasses__()}
-                kind = kinds.get(str(ended.error.get("kind")), ReadFailed)
-                raise (ReadFailed if kind is WontFit else kind)(f"packing: {ended.why}")
+def explained(error: EdgeError | OSError) -> str:
+    """An error as the line of a case says it."""
+    if isinstance(error, EdgeError):
+        return str(error)
+    return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
 
 
 class Listener(Protocol):
@@ -139,11 +136,14 @@ def sweep(
             why = f"nothing fits; the nearest is {item.nearest}"
             yield cases.refused(item.case, facts(None), why, item.refusal.needed)
             continue
-        found, interrupt = Measured(), None
+        reading = partial(measured_bandwidth, item.case.request.threads)
+        found, interrupt = Measured(around=Around(reading)), None
         try:
             cases.measure(item.case, path, item.plan, found, listener, in_box)
         except (KeyboardInterrupt, SystemExit) as stop:
             interrupt = stop
+        except (EdgeError, OSError) as error:
+            found.error = explained(error)
         said = cases.summed(item.case, facts(path), item.plan, found, expected)
         if interrupt is not None:
             runs = f"{len(found.good())} of {item.case.repeat} runs"
@@ -156,8 +156,3 @@ def sweep(
 def make(subject: Subject, items: Sequence[Planned], keep: bool, notify: Notify) -> Any:
     """Where the weights are while it is entered; see :func:`edge.profile.subject.weights`."""
     return subjects.weights(subject, [item.plan for item in items if item.plan is not None], keep, notify)
-
-
-def needs(items: Sequence[Planned]) -> str:
-    """The least that anything would need, where nothing fits."""
-    return format_bytes(min(item.refusal.needed for item in items if item.refusal is not None))

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from loaders.network.tensors import total
 from loaders.packing import fingerprint
 from loaders.published import config_path
 from loaders.synthetic_pack import is_random, write_random_pack
+
+# Files that weights lie in.
+DATA = (".safetensors", ".onnx", ".data")
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,44 @@ def weights(subject: Subject, plans: Sequence[Plan], keep: bool, notify: Notify)
         return
     assert subject.config is not None
     folder = made_folder(subject, plans)
+    make_folder(folder.parent)
+    with shared(folder) as alone:
+        made = not folder.exists()
+        try:
+            if made:
+                make(subject.config, folder, precisions_of(plans), notify)
+            yield folder
+        finally:
+            # What an earlier run was told to keep stays.
+            if made and not keep and alone():
+                remove(folder)
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[Callable[[], bool]]:
+    """While entered, others know that a folder is in use; what it gives says whether nobody else uses it."""
     try:
-        if not folder.exists():
-            make_folder(folder.parent)
-            make(subject.config, folder, precisions_of(plans), notify)
-        yield folder
+        import fcntl
+    except ImportError:
+        yield lambda: True
+        return
+    lock = packs.lock_path(folder)
+    fd = packs.open_lock(folder)
+
+    def alone() -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        lock.unlink(missing_ok=True)
+        return True
+
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        yield alone
     finally:
-        if not keep:
-            remove(folder)
+        os.close(fd)
 
 
 def precisions_of(plans: Sequence[Plan]) -> tuple[str, ...]:
@@ -173,15 +206,16 @@ def files_of(path: Path, precision: str) -> list[Path]:
     """The files that runs of a model at a precision read: those of its pack, or its own."""
     with packed(path) as pack:
         folder = path if pack is None or precision not in BITS else pack
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in folder.rglob("*") if file.suffix in DATA and file.is_file())
 
 
 def drop(files: Sequence[Path]) -> bool:
-    """Puts files out of the page cache; False where the system cannot be asked to."""
+    """Puts files out of the page cache; False where the system cannot be asked to. Of files that went, nothing."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in files:
-        box.drop_from_page_cache(file)
+        with suppress(OSError):
+            box.drop_from_page_cache(file)
     return True
 
 
@@ -189,5 +223,8 @@ def cached_share(files: Sequence[Path]) -> float | None:
     """The share of files that is in the page cache; None where the system does not say."""
     if not hasattr(os, "posix_fadvise"):
         return None
-    size = sum(file.stat().st_size for file in files)
-    return sum(map(box.cached_bytes, files)) / size if size else 0.0
+    try:
+        size = sum(file.stat().st_size for file in files)
+        return sum(map(box.cached_bytes, files)) / size if size else 0.0
+    except OSError:
+        return None
