@@ -149,7 +149,7 @@ def test_it_imports_no_engine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_nothing_is_cut_on_a_terminal(usual: dict[str, Any], width: int) -> None:
     usual["gpus"] = [
-        {"name": "A GPU", "driver": "580.1", "memory_bytes": 8 * 10**9, "used_bytes": None, "hidden": False}
+        {"index": 0, "name": "A GPU", "driver": "580.1", "memory_bytes": 8 * 10**9, "used_bytes": None, "hidden": False}
     ]
     usual["advice"] = ["word " * 40 + "end", "[bold]as it is[/bold]"]
     usual["limits"] = [

@@ -7,6 +7,7 @@ to be measured.
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -61,14 +62,23 @@ def device_count() -> int:
     return count.value
 
 
-def device_used(index: int = 0) -> int | None:
-    """Bytes in use on a GPU by everybody; None where there is no driver to ask."""
-    handle = _handle(index)
+def visible() -> int:
+    """The driver's number of the GPU that CUDA calls the first: CUDA_VISIBLE_DEVICES may leave others out.
+
+    One that is named by its UUID is taken for the first there is.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+    return int(first) if first.isascii() and first.isdigit() and len(first) < 5 else 0
+
+
+def device_used(index: int | None = None) -> int | None:
+    """Bytes in use on a GPU by everybody, unless said on the one CUDA calls the first; None without a driver to ask."""
+    handle = _handle(visible() if index is None else index)
     memory = None if handle is None else _memory(handle)
     return None if memory is None else int(memory.used)
 
 
-def total_energy(index: int = 0) -> float | None:
+def total_energy(index: int) -> float | None:
     """Joules that a whole board has taken since its driver was loaded; None where it does not count them."""
     nvml, handle, millijoules = _library(), _handle(index), ctypes.c_ulonglong()
     if nvml is None or handle is None:

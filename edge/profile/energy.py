@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge.budget.nvml import device_used, total_energy
+from edge.budget.nvml import device_used, total_energy, visible
 from edge.profile.cpu import batteries, hypervisor, number, text
 
 POWERCAP, SUPPLIES = Path("/sys/class/powercap"), Path("/sys/class/power_supply")
@@ -57,10 +57,12 @@ class Meter:
     total: float = 0.0
 
     @staticmethod
-    def open(device: str = "cpu", index: int = 0, powercap: Path = POWERCAP, supplies: Path = SUPPLIES) -> Meter:
-        """What can be counted for a device: 'cuda' asks the driver for GPU ``index``; never raises."""
+    def open(
+        device: str = "cpu", index: int | None = None, powercap: Path = POWERCAP, supplies: Path = SUPPLIES
+    ) -> Meter:
+        """What can be counted for a device: 'cuda' asks the driver for a GPU, CUDA's first; never raises."""
         if device == "cuda":
-            return nvml(index)
+            return nvml(visible() if index is None else index)
         zones, no_rapl = rapl(powercap)
         if zones:
             names = " + ".join(text(zone.folder / "name") or zone.folder.name for zone in zones)

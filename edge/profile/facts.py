@@ -72,7 +72,7 @@ def machine_facts(*, measure: bool, fresh: bool = False, notify: Notify = silent
 
 def brief() -> dict[str, Any]:
     """The machine in a line of results: what is known at once."""
-    first = next(iter(gpus()), None)
+    first = next((gpu for gpu in gpus() if gpu["index"] == nvml.visible()), None)
     physical, logical = cpu.cores()
     release = ".".join(platform.release().split("-")[0].split(".")[:2])
     return {
@@ -240,6 +240,7 @@ def gpus() -> list[dict[str, Any]]:
     """All that NVIDIA's driver knows."""
     return [
         {
+            "index": gpu.index,
             "name": printable(gpu.name),
             "driver": printable(gpu.driver),
             "memory_bytes": gpu.memory,

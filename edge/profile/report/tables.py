@@ -229,7 +229,7 @@ METHOD = (
     ("p50, p95, p99", "are of the time between two tokens."),
     (
         "Reading",
-        "is bytes of weights and cache a token needs, times tokens a second, against what memory was measured "
+        "is bytes of weights a token needs, times tokens a second, against what memory was measured "
         "to read with the same threads, before and after the run.",
     ),
     ("Predicted", "is what the planner said before anything was loaded; off by is predicted over measured, less one."),
