@@ -295,7 +295,7 @@ MECHANISMS: list[Case] = [
 ]  # fmt: skip
 
 FOLDERS: list[Case] = [
-    *nowhere("missing", "nowhere", "nowhere", "no such folder"),
+    *nowhere("missing", "nowhere", "nowhere", "no such f"),
     *nowhere("file", f"model/{SHARD}", SHARD, "no such folder"),
     *nowhere("newline", "line\nbreak", r"line\nbreak"),
     *nowhere("escape", "\x1b[31mred", r"\x1b[31mred"),

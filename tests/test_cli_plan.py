@@ -201,7 +201,7 @@ def test_plan_measures_the_floor_once(
     cli: Cli, gemma3n: Path, fresh_cache: Path, children: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = cli("plan", gemma3n, "--json", *ENOUGH).json
-    assert [line[1:] for line in children] == [["-m", "edge.budget.floor", "auto", "auto"]]
+    assert [line[1:] for line in children] == [["-P", "-m", "edge.budget.floor", "auto", "auto"]]
     assert cli("plan", gemma3n, "--json", *ENOUGH).json == first
     assert len(children) == 1, "it is remembered, and so is how fast memory reads"
     remembered = machine.known_floor("auto", "auto")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,24 @@ def nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def rates_known() -> None:
-    """Processes of their own find the rates of this machine measured already, though badly."""
+def rates_known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of these tests alone: others remember how much this very process holds. Processes of their own find the
+    rates of this machine measured already, though badly.
+    """
     from edge.budget.decoding import Rates
     from edge.budget.rates import key
     from edge.store.cache import remember
 
-    for threads in (None, 1, 2):
-        known = Rates({"int4": 0.8, "int8": 0.8, "bf16": 0.8, "float32": 0.8}, bandwidth=20e9)
-        remember("machine.json", key("native", "cpu", threads), known.as_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for threads in (None, 1, 2):
+            known = Rates({"int4": 0.8, "int8": 0.8, "bf16": 0.8, "float32": 0.8}, bandwidth=20e9)
+            remember("machine.json", key("native", "cpu", threads), known.as_dict())
+        yield
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+def profiled(tmp_path_factory: pytest.TempPathFactory, rates_known: None) -> tuple[Done, Path]:
     """The demo: one budget that nothing fits, one that does; a prompt, and a context beyond it."""
     folder = tmp_path_factory.mktemp("profiled") / "report"
     line = edge_command("profile", "--budgets", "40MB,90MB", "--contexts", "64,560", *SHORT, "-o", folder, "--json")

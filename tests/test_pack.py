@@ -272,7 +272,7 @@ def test_a_run_from_a_pack_is_one_on_the_dequantized_weights(
 
 def test_and_so_is_one_with_the_head_at_int4(load: Callable[..., Session], monkeypatch: pytest.MonkeyPatch) -> None:
     forced = recipes("int4")[1]
-    monkeypatch.setattr("edge.budget.plan.recipes", lambda precision: (forced,) if precision == "int4" else ())
+    monkeypatch.setattr("edge.budget.wanted.recipes", lambda precision: (forced,) if precision == "int4" else ())
     found = load(packed("wide"), precision="int4")
     assert found.plan.recipe == forced
     monkeypatch.undo()
