@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,7 @@ import psutil
 
 from benchmarks.peers_measure import Asked
 from edge.profile import gguf as gguf_file
+from edge.profile.noise import Around
 from loaders.network.spec import Model
 from loaders.sketch import sketch
 
@@ -112,18 +113,6 @@ def read_gbps(threads: int) -> float:
     return READ_BYTES / best / 1e9
 
 
-def busy_seconds() -> float:
-    """What all processors have worked, for anybody, since the machine started; stolen time too."""
-    times = psutil.cpu_times()._asdict()
-    return sum(times.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
-
-
-def children_seconds() -> float:
-    """What this program and children that ended have worked."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(x.ru_utime + x.ru_stime for x in used)
-
-
 def command(engine: str, what: Asked, options: argparse.Namespace) -> list[str]:
     """The process that measures an engine."""
     if engine in PEERS:
@@ -133,13 +122,12 @@ def command(engine: str, what: Asked, options: argparse.Namespace) -> list[str]:
 
 def once(engine: str, what: Asked, options: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a process of its own, with the bandwidth around it and ``others``, the cores others used."""
-    before, start, busy, own = read_gbps(what.threads), time.perf_counter(), busy_seconds(), children_seconds()
-    said = run(command(engine, what, options), {"OMP_NUM_THREADS": str(what.threads)})
-    wall = time.perf_counter() - start
-    others = max(0.0, busy_seconds() - busy - (children_seconds() - own)) / wall
+    start, around = time.perf_counter(), Around(partial(read_gbps, what.threads))
+    with around:
+        said = run(command(engine, what, options), {"OMP_NUM_THREADS": str(what.threads)})
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    gbps = (before + read_gbps(what.threads)) / 2
-    return {**found, "read_gbps": gbps, "others": round(others, 2), "wall_s": round(wall, 1)}
+    gbps, wall = (around.before + around.after) / 2, time.perf_counter() - start
+    return {**found, "read_gbps": gbps, "others": round(around.others, 2), "wall_s": round(wall, 1)}
 
 
 def weights(case: Case, engine: str, options: argparse.Namespace) -> Path:

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +92,24 @@ def refused(done: Done, code: int, *words: str) -> str:
 
 def short_run(model: Path, *more: object) -> tuple[object, ...]:
     return ("run", model, PROMPT, "-n", 6, "-c", 64, "--temp", 0, *ENOUGH, *more)
+
+
+def interrupted_synth(folder: Path, pattern: str, *flags: object) -> None:
+    """`edge synth FLAGS -o FOLDER/made`, interrupted once a file of ``pattern`` has a megabyte: nothing is left."""
+    command = edge_command("synth", *flags, "-o", folder / "made")
+    child = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not any(p.stat().st_size > 1 << 20 for p in folder.glob(pattern)):
+            assert time.monotonic() < deadline
+            assert child.poll() is None
+            time.sleep(0.005)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert (child.returncode, err) == (130, "")
+    assert os.listdir(folder) == []
 
 
 def piped(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:

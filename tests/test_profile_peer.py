@@ -22,8 +22,6 @@ import psutil
 import pytest
 
 from edge.profile import gguf, peer, peer_bench, peer_child
-from edge.profile.case import Measured
-from edge.profile.noise import Around
 from edge.profile.results import check
 from loaders.errors import ReadFailed, Unsupported
 from loaders.formats.recipe import recipes, stored_as, stored_bytes
@@ -275,7 +273,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast memory reads is not what is tested."""
-    monkeypatch.setattr(peer, "Measured", lambda: Measured(around=Around(bandwidth=lambda: 1e10)))
+    monkeypatch.setattr(peer, "measured_bandwidth", lambda threads=None: 1e10)
 
 
 def program(path: Path, line: str) -> Path:
@@ -475,7 +473,7 @@ def test_what_a_program_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     """It holds the pipe that is read to its end."""
     began = time.monotonic()
     path = program(tmp_path / "forks", f"sleep 60 & echo $! > {tmp_path}/pid; exit 3")
-    ended, _ = peer.peer_process.run([str(path)], timeout=0.6)
+    ended, _ = peer.launch.run([str(path)], timeout=0.6)
     assert time.monotonic() - began < 10
     assert ended.status == "failed"
     pid = int((tmp_path / "pid").read_text())
@@ -489,7 +487,7 @@ def test_what_a_program_leaves_behind_ends_with_it(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_what_was_measured_and_goes_on(
     python: Path, small: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns, one = [], peer.peer_process.run
+    turns, one = [], peer.launch.run
 
     def interrupted(*args: Any, **settings: Any) -> Any:
         turns.append(args)
@@ -499,7 +497,7 @@ def test_an_interrupt_leaves_what_was_measured_and_goes_on(
 
     gguf.write(small, tmp_path / "model.gguf")
     found = peer.find()
-    monkeypatch.setattr(peer.peer_process, "run", interrupted)
+    monkeypatch.setattr(peer.launch, "run", interrupted)
     run = peer.run(found, small, tmp_path / "model.gguf", (8, 16), facts=FACTS, threads=2, repeat=5, new=4)
     line = next(run)
     assert (line["status"], line["why"]) == ("interrupted", "interrupted after 1 of 5 runs")

@@ -331,25 +331,25 @@ def test_the_process_that_measures_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
     sized += "machine.READ_BYTES = (1 << 24, 1 << 24)\nmachine.cache_bytes = t.cache_bytes = lambda: 0\nrates.main()\n"
     script = tmp_path / "small.py"
     script.write_text(sized)
-    run = rates.subprocess.run
+    run = machine.subprocess.run
 
     def small(line: list[str], **options: Any) -> Any:
         assert line[1:4] == ["-P", "-m", "edge.budget.rates"]
         return run([line[0], str(script), *line[4:]], **options)
 
-    monkeypatch.setattr(rates.subprocess, "run", small)
+    monkeypatch.setattr(machine.subprocess, "run", small)
     monkeypatch.setattr(rates, "STEADY", 0.0)
     found = rates.measured("native", "cpu", 1)
     assert set(found.shares) == set(FORMATS)
     assert 0 < found.steady <= 1
-    monkeypatch.setattr(rates.subprocess, "run", lambda *_, **__: pytest.fail("measured twice"))
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: pytest.fail("measured twice"))
     assert rates.measured("native", "cpu", 1) == found
     assert machine.remembered_bandwidth(1)[0] >= found.bandwidth
 
 
 def test_a_process_that_says_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = SimpleNamespace(stdout="", stderr="Traceback\nMemoryError")
-    monkeypatch.setattr(rates.subprocess, "run", lambda *_, **__: silent)
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: silent)
     with pytest.raises(Unsupported, match="cannot be measured"):
         rates.measured("native", "cpu", 1)
 
@@ -358,7 +358,7 @@ def test_rates_of_a_machine_that_others_use_are_not_kept(monkeypatch: pytest.Mon
     """They hold for this process, which would measure again and again; the next one may find the machine quiet."""
     answers = iter([replace(TRUE, steady=0.5), TRUE])
     said = lambda *_, **__: SimpleNamespace(stdout=json.dumps(next(answers).as_dict()), stderr="")  # noqa: E731
-    monkeypatch.setattr(rates.subprocess, "run", said)
+    monkeypatch.setattr(machine.subprocess, "run", said)
     monkeypatch.setattr(rates, "_unsteady", {})
     assert rates.measured("native", "cpu", 3).steady == rates.measured("native", "cpu", 3).steady == 0.5
     assert "rates" not in cache.read_text()

@@ -7,10 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +31,7 @@ from loaders.formats.buffers import to_float32
 from loaders.formats.sharded import by_count, by_size
 from loaders.formats.synthetic import write_random
 from loaders.network.tensors import PLE_TABLE, tensors, total
+from tests.command import interrupted_synth
 from tests.makers import assert_close, prompt
 from tests.shrink import CONFIGS, NAMES, real, shrink
 from tests.small import LLAMA
@@ -350,20 +349,7 @@ def test_an_error_in_a_thread_is_an_error(config: Config, tmp_path: Path, monkey
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "edge", "synth", "--config", str(CONFIGS / "gemma-3n-E2B.json"), "-o"]
-    child = subprocess.Popen([*command, str(tmp_path / "made")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 60
-        while not any(p.stat().st_size > 1 << 20 for p in tmp_path.glob(".made.*/.model*")):
-            assert time.monotonic() < deadline
-            assert child.poll() is None
-            time.sleep(0.005)
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert (child.returncode, err) == (130, "")
-    assert os.listdir(tmp_path) == []
+    interrupted_synth(tmp_path, ".made.*/.model*", "--config", CONFIGS / "gemma-3n-E2B.json")
 
 
 # the folder

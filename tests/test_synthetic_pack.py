@@ -7,11 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -34,7 +32,7 @@ from loaders.formats.synthetic import write_random
 from loaders.network.tensors import PLE_TABLE, tensors
 from loaders.packing import write_pack
 from loaders.synthetic_pack import fingerprint, is_random, write_random_pack
-from tests.command import Cli, cli_fixture, environment, refused  # noqa: F401
+from tests.command import Cli, cli_fixture, environment, interrupted_synth, refused  # noqa: F401
 from tests.makers import distance
 from tests.shrink import real, shrink
 from tests.small import GEMMA3N, LLAMA
@@ -369,20 +367,7 @@ def test_progress_reaches_the_end(config: Config, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "edge", "synth", "--config", "gemma-3n-E2B", "--pack", "int4", "-o", "made"]
-    child = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 60
-        while not any(p.stat().st_size > 1 << 20 for p in tmp_path.glob(".made.*/*/.weights*")):
-            assert time.monotonic() < deadline
-            assert child.poll() is None
-            time.sleep(0.005)
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert (child.returncode, err) == (130, "")
-    assert os.listdir(tmp_path) == []
+    interrupted_synth(tmp_path, ".made.*/*/.weights*", "--config", "gemma-3n-E2B", "--pack", "int4")
 
 
 def test_a_large_tensor_streams(tmp_path: Path) -> None:

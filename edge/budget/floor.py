@@ -6,6 +6,7 @@ import json
 import sys
 
 from edge import engine as engines
+from edge.budget.machine import reported
 from edge.cli import run  # noqa: F401 - what the command line has in memory too
 from loaders.errors import EdgeError
 
@@ -15,9 +16,7 @@ def main() -> None:
     try:
         runtime = engines.start(*sys.argv[1:3])
     except EdgeError as error:
-        facts = {"error": str(error.found), "kind": type(error).__name__}
-        facts |= {name: str(v) for name in ("field", "expected", "hint") if (v := getattr(error, name)) is not None}
-        print(json.dumps(facts))
+        print(json.dumps(reported(error)))
         return
     floor = runtime.floor()
     print(json.dumps({"host": floor.host, "device": floor.device, "engine": runtime.engine, "on": runtime.device}))

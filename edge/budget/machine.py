@@ -99,16 +99,38 @@ def floor_for(engine: str, device: str) -> Known:
     """
     found = known_floor(engine, device)
     if found is None:
-        line, env = module_command("edge.budget.floor", engine, device), module_environment()
-        done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=env)
-        answer = last_line(done.stdout)
-        if "error" in answer:
-            raise error_of(answer)
+        answer, words = answered("edge.budget.floor", engine, device)
         found = parsed(answer)
         if found is None:
-            raise Unsupported(f"the {engine} engine does not start here", field="--engine", hint=last(done.stderr))
+            raise Unsupported(f"the {engine} engine does not start here", field="--engine", hint=words)
         remember_floor(engine, device, found)
     return found
+
+
+def answered(module: str, *arguments: str, timeout: float | None = None) -> tuple[dict[str, Any], str]:
+    """The last line that a module of ours prints, as an object, and its last words on stderr.
+
+    Raises the error that it reports, and subprocess.TimeoutExpired.
+    """
+    done = subprocess.run(
+        module_command(module, *arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=timeout,
+        env=module_environment(),
+    )
+    answer = last_line(done.stdout)
+    if "error" in answer:
+        raise error_of(answer)
+    return answer, last(done.stderr)
+
+
+def reported(error: EdgeError) -> dict[str, Any]:
+    """An error of a measuring process, as :func:`error_of` reads it."""
+    facts = {"error": str(error.found), "kind": type(error).__name__}
+    return facts | {name: str(v) for name in ("field", "expected", "hint") if (v := getattr(error, name)) is not None}
 
 
 def last(text: str) -> str:

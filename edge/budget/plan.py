@@ -313,19 +313,24 @@ def pick(plans: Sequence[Plan], request: Request) -> Plan:
     for plan in plans:
         if plan.over(request) <= 0:
             return plan
-    nearest = min(plans, key=lambda plan: (plan.over(request), preference(plan)))
-    over_host = request.ram_budget is not None and nearest.host_total_bytes > request.ram_budget
+    close = nearest(plans, request)
+    over_host = request.ram_budget is not None and close.host_total_bytes > request.ram_budget
     flag, have = ("--ram-budget", request.ram_budget) if over_host else ("--budget", request.budget)
-    need = nearest.host_total_bytes if over_host else nearest.total_bytes
+    need = close.host_total_bytes if over_host else close.total_bytes
     assert have is not None
     raise WontFit(
-        f"nothing fits {flag} {format_bytes(have)}; the nearest is {nearest.label()}, "
-        f"which needs {format_bytes(need)} ({need} bytes){'' if over_host else experts_text(nearest)}, "
+        f"nothing fits {flag} {format_bytes(have)}; the nearest is {close.label()}, "
+        f"which needs {format_bytes(need)} ({need} bytes){'' if over_host else experts_text(close)}, "
         f"{format_bytes(need - have)} more",
         needed=need,
         budget=have,
         hint=f"Give at least {flag} {need}" + freer(request),
     )
+
+
+def nearest(plans: Sequence[Plan], request: Request) -> Plan:
+    """Where nothing fits: what would need the least more."""
+    return min(plans, key=lambda plan: (plan.over(request), preference(plan)))
 
 
 def experts_text(plan: Plan) -> str:

@@ -20,7 +20,6 @@ import numpy as np
 from edge.budget import machine
 from edge.budget.decoding import KVRate, Rates, usual
 from edge.engine.threads import thread_count
-from edge.processes import module_command, module_environment
 from edge.store.cache import recall, remember
 from loaders.errors import EdgeError, Unsupported
 
@@ -107,26 +106,14 @@ def measured(engine: str, device: str, threads: int | None = None) -> Rates:
     found = known(engine, device, threads)
     if found is not None:
         return found
-    line = module_command("edge.budget.rates", engine, device, *([str(threads)] if threads else []))
+    asked = (engine, device, *([str(threads)] if threads else []))
     try:
-        done = subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            timeout=PATIENCE,
-            env=module_environment(),
-        )
+        answer, words = machine.answered("edge.budget.rates", *asked, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise Unsupported(f"the {engine} engine took more than {PATIENCE:.0f} s to measure", field="--engine") from None
-    answer = machine.last_line(done.stdout)
-    if "error" in answer:
-        raise machine.error_of(answer)
     found = parsed(answer)
     if found is None:
-        why = machine.last(done.stderr)
-        raise Unsupported(f"how fast the {engine} engine is cannot be measured", field="--engine", hint=why)
+        raise Unsupported(f"how fast the {engine} engine is cannot be measured", field="--engine", hint=words)
     if found.steady >= STEADY:
         remember(machine.FILE, key(engine, device, threads), found.as_dict())
     else:
@@ -172,9 +159,7 @@ def main() -> None:
     try:
         print(json.dumps(measure(engine, device, int(count[0]) if count else None).as_dict()))
     except EdgeError as error:
-        facts = {"error": str(error.found), "kind": type(error).__name__}
-        facts |= {name: str(v) for name in ("field", "expected", "hint") if (v := getattr(error, name)) is not None}
-        print(json.dumps(facts))
+        print(json.dumps(machine.reported(error)))
 
 
 if __name__ == "__main__":

@@ -55,9 +55,8 @@ def command(**flags: Any) -> int:
       edge profile --compare before/results.jsonl after/results.jsonl
 
     pp512 is a prompt of 512 tokens, tg128 decoding 128 tokens, '@ d4096' after 4,096; the first token is that of the
-    first prompt, of 512 tokens or fewer. -o DIR keeps results.jsonl
-    and report.html. Exits with 1 when a run was killed or broke its budget, or --compare finds a regression; with 80
-    when nothing fits.
+    first prompt, of 512 tokens or fewer. -o DIR keeps results.jsonl and report.html. Exits with 1 when a run was
+    killed or broke its budget, or --compare finds a regression; with 80 when nothing fits.
     """
     if flags["compare"]:
         return compare(*flags["compare"], flags["as_json"])
@@ -96,9 +95,10 @@ def lines(
 ) -> Iterator[Any]:
     """What comes out, case by case, the peer's last."""
     from edge.profile import run as sweeps
+    from edge.profile.subject import weights
 
-    facts = Facts(subject, items)
-    with sweeps.make(subject, items, flags["keep"], talk.notify) as path:
+    facts, plans = facts_of(subject, items), [item.plan for item in items if item.plan is not None]
+    with weights(subject, plans, flags["keep"], talk.notify) as path:
         yield from sweeps.sweep(path, items, facts, expectation(items), flags["in_box"], talk)
     if peer is not None:
         yield from against(peer, subject, wanted, facts, talk.at)
@@ -172,7 +172,7 @@ def against(peer: Any, subject: Any, wanted: Any, facts: Any, say: Callable[[str
             model,
             file,
             wanted.contexts,
-            facts=facts(None),
+            facts=facts,
             threads=wanted.request.threads or thread_count(),
             repeat=wanted.repeat,
             new=wanted.new,
@@ -180,19 +180,14 @@ def against(peer: Any, subject: Any, wanted: Any, facts: Any, say: Callable[[str
         )
 
 
-class Facts:
+def facts_of(subject: Any, items: Sequence[Any]) -> dict[str, Any]:
     """Model, machine and versions of every line; looked up once."""
+    from edge.profile.facts import brief, versions
 
-    def __init__(self, subject: Any, items: Sequence[Any]) -> None:
-        from edge.profile.facts import brief, versions
-
-        threads = items[0].case.request.threads
-        self._subject, self._machine, self._versions = subject, brief(), versions()
-        if threads is not None:
-            self._machine["threads"] = threads
-
-    def __call__(self, path: Path | None) -> dict[str, Any]:
-        return {"model": self._subject.facts(path), "machine": self._machine, "versions": self._versions}
+    machine, threads = brief(), items[0].case.request.threads
+    if threads is not None:
+        machine["threads"] = threads
+    return {"model": subject.facts(), "machine": machine, "versions": versions()}
 
 
 def expectation(items: Sequence[Any]) -> Any:

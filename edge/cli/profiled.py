@@ -39,7 +39,7 @@ def blank(lines: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 def row(line: dict[str, Any], tests: Sequence[str]) -> dict[str, str]:
     """The cells of a case."""
-    about = {"case": printable(line["case"]), "plan": printable(line.get("label") or "")}
+    about = {"case": printable(line["case"]), "plan": printable(plan_text(line))}
     if line["status"] == "refused":
         return {**about, "plan": f"does not fit: needs {format_bytes(line.get('needed_bytes') or 0)}"}
     cells = dict(about)
@@ -48,6 +48,12 @@ def row(line: dict[str, Any], tests: Sequence[str]) -> dict[str, str]:
     cells["load cold"], cells["load"] = seconds(line.get("cold"), "load_s"), seconds(line.get("warm"), "load_s")
     cells["first token"] = seconds(line.get("warm"), "ttft_s")
     return cells | figures(line)
+
+
+def plan_text(line: dict[str, Any]) -> str:
+    """A plan's label without its context, which the case names."""
+    context = (line.get("plan") or {}).get("context")
+    return (line.get("label") or "").replace(f", context {context}", "", 1)
 
 
 def figures(line: dict[str, Any]) -> dict[str, str]:

@@ -155,6 +155,11 @@ def refused(case: Case, facts: dict[str, Any], why: str, needed: int) -> dict[st
     return {**line(case, facts), "status": "refused", "why": why, "needed_bytes": needed}
 
 
+def interrupted(case: Case, found: Measured) -> dict[str, Any]:
+    """What a line says instead, of a case that was not let finish."""
+    return {"status": "interrupted", "why": f"interrupted after {len(found.good())} of {case.repeat} runs"}
+
+
 def summed(case: Case, facts: dict[str, Any], plan: Plan, found: Measured, expected: Forecast) -> dict[str, Any]:
     """The line of a case that ran, or began to."""
     said, good, bad = line(case, facts), found.good(), found.bad()
@@ -182,9 +187,8 @@ def summed(case: Case, facts: dict[str, Any], plan: Plan, found: Measured, expec
     said |= speeds(case, results)
     said["memory"] = memory(good, case.request.budget, plan.device)
     expected.learn(plan, found.around, case.request.threads)
-    said["bandwidth"] = bandwidth(
-        found.around, said["tests"][f"tg{case.new}"]["mean"], results[-1]["plan"], expected.bandwidth
-    )
+    size, tps = results[-1]["plan"]["bytes_per_token"], said["tests"][f"tg{case.new}"]["mean"]
+    said["bandwidth"] = bandwidth(found.around, tps, size, expected.bandwidth)
     said |= {"ple": ple(results), "storage": storage(results), "energy": energy(results)}
     said["predicted"] = predicted(case, plan, said, expected)
     return said if found.boxed is None else {**said, "boxed": found.boxed}
@@ -243,11 +247,11 @@ def memory(good: Sequence[Ended], budget: int | None, device: str) -> dict[str, 
     }  # fmt: skip
 
 
-def bandwidth(around: Around, tps: float, plan: dict[str, Any], reads: float | None) -> dict[str, Any]:
-    """What decoding read a second, beside what the memory it reads from can: ``reads``. Before and after the case it is
-    the host's that was measured.
+def bandwidth(around: Around, tps: float, size: int, reads: float | None) -> dict[str, Any]:
+    """What decoding read a second, ``size`` bytes a token, beside what the memory it reads from can: ``reads``. Before
+    and after the case it is the host's that was measured.
     """
-    size, known = plan["bytes_per_token"], None if reads is None else reads / 1e9
+    known = None if reads is None else reads / 1e9
     rates = {"before_gbps": around.before / 1e9, "after_gbps": around.after / 1e9, "read_gbps": known}
     return {**rates, "achieved_gbps": tps * size / 1e9, "bytes_per_token": size}
 

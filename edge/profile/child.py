@@ -17,19 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import monotonic, perf_counter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from edge.budget.plan import Floor, Request
 from edge.cli import run as _run  # noqa: F401 - what `edge run` has in memory too
 from edge.profile.energy import Meter
+from edge.profile.regularly import Regularly
 from edge.sampling import Sampler, Sampling
 from edge.session import Ready, Session, prepare
 from loaders.errors import EdgeError, WontFit
 
-FOLLOW = 1 / 50
 PR_SET_PDEATHSIG = 1
 # Of a thousand: whom the kernel kills first when memory runs out. Better this process than the one that reports it.
 VOLUNTEER = 800
@@ -81,38 +80,25 @@ class Observed(Session):
     """A session whose ledger is followed from the moment it is there."""
 
     def __init__(self, ready: Ready, say: Voice, started: float) -> None:
-        with Followed(lambda: getattr(self, "ledger", None), say):
+        with followed(lambda: getattr(self, "ledger", None), say):
             super().__init__(ready, started=started)
-        self.followed = Followed(lambda: self.ledger, say)
+        self.followed = followed(lambda: self.ledger, say)
 
 
-class Followed:
-    """Tells of a ledger's changes, in a thread of its own, while it is entered."""
+def followed(ledger: Callable[[], Any], say: Voice) -> Regularly:
+    """Tells of a ledger's changes while it is entered."""
+    told: dict[str, int] = {}
 
-    def __init__(self, ledger: Callable[[], Any], say: Voice) -> None:
-        self._ledger, self._say, self._told = ledger, say, dict[str, int]()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="edge-ledger", daemon=True)
+    def look() -> bool:
+        found = ledger()
+        held = {} if found is None else found.held()
+        if held != told:
+            told.clear()
+            told.update(held)
+            say(at=monotonic(), held=held)
+        return True
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self._look()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(FOLLOW):
-            self._look()
-
-    def _look(self) -> None:
-        ledger = self._ledger()
-        held = {} if ledger is None else ledger.held()
-        if held != self._told:
-            self._told = held
-            self._say(at=monotonic(), held=held)
+    return Regularly(look, "edge-ledger")
 
 
 @dataclass

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import tempfile
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -21,14 +23,17 @@ from edge.budget.nvml import device_used
 from edge.budget.units import format_bytes
 from edge.processes import module_command, module_environment
 from edge.profile.child import Asked
+from edge.profile.regularly import Regularly
+from loaders.errors import printable
 
-HZ = 50
 # Seconds after which a child that has not ended is ended.
 LONGEST = 7200.0
 KILL = getattr(signal, "SIGKILL", 9)
 # Points of a timeline that is kept.
 POINTS = 400
 LONGEST_LINE = 4 << 20
+# What is read of a program's output that is no lines of ours, and of its errors, in bytes.
+MOST_OUTPUT, LAST_WORDS = 4 << 20, 4096
 SERIES = ("rss", "anonymous", "file")
 
 
@@ -49,37 +54,32 @@ class Ended:
 
 
 class Sampling:
-    """Reads a process's memory 50 times a second, and the device's where ``device`` says so, while it is entered."""
+    """Reads a process's memory 50 times a second, and the device's beyond ``baseline`` where there is one, while it is
+    entered.
+    """
 
-    def __init__(self, pid: int, device: bool, baseline: int | None, began: float) -> None:
+    def __init__(self, pid: int, baseline: int | None, began: float) -> None:
         self.samples: list[tuple[float, int, int, int, int | None]] = []
-        self._pid, self._began = pid, began
-        self._baseline = baseline if device else None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="edge-sampling", daemon=True)
+        self._pid, self._began, self._baseline = pid, began, baseline
+        self._regularly = Regularly(self._look, "edge-sampling")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._regularly.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stopped.set()
-        self._thread.join()
+        self._regularly.__exit__(kind, error, at)
 
-    def _run(self) -> None:
-        due = monotonic()
-        while True:
-            try:
-                now = read_process(self._pid)
-            except ProcessLookupError:
-                return
-            if now.rss:  # a zombie has none
-                shared = now.file_backed + now.shared
-                row = (monotonic() - self._began, now.rss + now.swap, now.anonymous + now.swap, shared, self._device())
-                self.samples.append(row)
-            due += 1 / HZ
-            if self._stopped.wait(max(0.0, due - monotonic())):
-                return
+    def _look(self) -> bool:
+        try:
+            now = read_process(self._pid)
+        except ProcessLookupError:
+            return False
+        if now.rss:  # a zombie has none
+            shared = now.file_backed + now.shared
+            row = (monotonic() - self._began, now.rss + now.swap, now.anonymous + now.swap, shared, self._device())
+            self.samples.append(row)
+        return True
 
     def _device(self) -> int | None:
         used = None if self._baseline is None else device_used()
@@ -92,38 +92,90 @@ def command(asked: Asked) -> list[str]:
 
 
 def launch(line: Sequence[str], *, device: bool = False, heard: Callable[[str], None] = lambda _: None) -> Ended:
-    """Runs a child to its end. ``heard`` is told of its marks. The child is killed when this is interrupted."""
+    """Runs a child of ours to its end. ``heard`` is told of its marks."""
+    return run(line, timeout=LONGEST, env=module_environment(), device=device, heard=heard)[0]
+
+
+def run(
+    line: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    text: bool = False,
+    device: bool = False,
+    heard: Callable[[str], None] = lambda _: None,
+) -> tuple[Ended, str]:
+    """How a program ended, ours or somebody else's, and with ``text`` what it said; without, it says lines as
+    edge/profile/child.py does. Nothing of it is left when this ends or is interrupted.
+
+    With ``text`` the status is that of the exit code alone. Never raises for what the program does, or where there is
+    none that starts.
+    """
     kills, began, found = kernel_kills(), monotonic(), Ended()
     baseline = device_used() if device else None
     with tempfile.TemporaryFile() as errors:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the child.
-        process = subprocess.Popen(
-            line,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-            env=module_environment(),
-        )
-        late = threading.Timer(LONGEST, process.kill)
-        late.daemon = True
-        late.start()
         try:
-            with Sampling(process.pid, device, baseline, began) as sampling:
-                assert process.stdout is not None
-                follow(process.stdout, found, began, heard)
+            # A session of its own: Ctrl-C reaches this process alone, and what it starts ends with it.
+            process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                env={**os.environ, **(env or {})}, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            found.why = f"{line[0]} does not start: {error.strerror or type(error).__name__}"
+            return found, ""
+        late = threading.Event()
+        timer = threading.Timer(timeout, expire, (process, late))
+        timer.daemon = True
+        timer.start()
+        try:
+            with Sampling(process.pid, baseline, began) as sampling:
+                said = taken(process, found, began, text, heard)
                 process.wait()
         finally:
-            late.cancel()
-            process.kill()
+            timer.cancel()
+            end(process)
             process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
         found.samples, found.peak_seen = sampling.samples, max((s[1] for s in sampling.samples), default=0)
-        errors.seek(max(0, errors.seek(0, 2) - 4096))
-        said = errors.read().decode("utf-8", "replace")
-    found.status, found.why = ending(process.returncode, found, said, kernel_kills() - kills)
-    return found
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - LAST_WORDS))
+        words = errors.read().decode("utf-8", "replace")
+    if text and process.returncode == 0:
+        found.status = "ok"
+    else:
+        found.status, found.why = ending(process.returncode, found, words, kernel_kills() - kills)
+    if late.is_set():
+        found.status, found.why = "failed", f"not done after {timeout:,.0f} seconds"
+    found.why = None if found.why is None else printable(found.why)
+    return found, said
+
+
+def taken(
+    process: subprocess.Popen[bytes], found: Ended, began: float, text: bool, heard: Callable[[str], None]
+) -> str:
+    """What it says, as text or into ``found``. Who says more than anybody reads is ended."""
+    assert process.stdout is not None
+    with process.stdout as stream:
+        if not text:
+            follow(stream, found, began, heard)
+            return ""
+        data = stream.read(MOST_OUTPUT + 1)
+        if len(data) > MOST_OUTPUT:
+            found.error = {"text": f"said more than {MOST_OUTPUT >> 20} MiB"}
+            end(process)
+        return data[:MOST_OUTPUT].decode("utf-8", "replace")
+
+
+def expire(process: subprocess.Popen[bytes], late: threading.Event) -> None:
+    """Time is up."""
+    late.set()
+    end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kills it and what it has started."""
+    with suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, KILL)
+    process.kill()
 
 
 def follow(stream: IO[bytes], found: Ended, began: float, heard: Callable[[str], None]) -> None:

@@ -14,12 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from edge.budget.machine import measured_bandwidth
 from edge.budget.plan import Request
-from edge.profile import box, case, gguf, peer_bench, peer_process
+from edge.profile import case, gguf, launch, peer_bench, subject
 from edge.profile.case import Case, Measured
 from edge.profile.gguf import PEER
 from edge.profile.launch import Ended, timeline
@@ -74,7 +76,7 @@ def find(env: Mapping[str, str] | None = None) -> Peer:
 
 def probe(python: str) -> tuple[str | None, str]:
     """The version of its llama_cpp, or None and why there is none."""
-    ended, _ = peer_process.run([python, str(CHILD), "version"], timeout=QUICK)
+    ended, _ = launch.run([python, str(CHILD), "version"], timeout=QUICK)
     version = ended.result.get("version")
     if ended.status == "ok" and isinstance(version, str):
         return version[:100], ""
@@ -93,7 +95,7 @@ def check(peer: Peer, model: Model, folder: Path) -> None:
     file = place(model, folder)
     try:
         gguf.write_header(model, file)
-        ended, _ = peer_process.run([peer.program, str(CHILD), "check", str(file)], timeout=QUICK)
+        ended, _ = launch.run([peer.program, str(CHILD), "check", str(file)], timeout=QUICK)
     finally:
         file.unlink(missing_ok=True)
     if ended.status != "ok":
@@ -140,7 +142,7 @@ def run(
     """
     for context in contexts:
         asked = Case("", Request(threads=threads), context, "cpu", PEER, new, repeat)
-        found, stop = Measured(), None
+        found, stop = Measured(around=Around(partial(measured_bandwidth, threads))), None
         tests: dict[str, Any] = {}
         try:
             with found.around:
@@ -152,7 +154,7 @@ def run(
             stop = interrupt
         line = summed(peer, asked, facts, found, tests, gguf.bytes_per_token(model))
         if stop is not None:
-            line |= {"status": "interrupted", "why": f"interrupted after {len(found.good())} of {repeat} runs"}
+            line |= case.interrupted(asked, found)
         yield line
         if stop is not None:
             raise stop
@@ -166,13 +168,12 @@ def measure(peer: Peer, asked: Case, file: Path, found: Measured, say: Say, time
     }  # fmt: skip
 
     def one(name: str, short: bool) -> tuple[Ended, float | None]:
-        share = cached_share(file)
+        share = subject.cached_share([file])
         line = [peer.program, str(CHILD), "measure", json.dumps({**what, "short": short})]
-        ended, _ = peer_process.run(line, timeout=timeout, env=settings(asked), heard=lambda m: say(f"{name}: {m}"))
+        ended, _ = launch.run(line, timeout=timeout, env=settings(asked), heard=lambda m: say(f"{name}: {m}"))
         return checked(ended, asked, short), share
 
-    if cached_share(file) is not None:
-        box.drop_from_page_cache(file)
+    if subject.drop([file]):
         found.cold.append(one("cold", True))
     for turn in range(asked.repeat):
         if found.bad() is not None:
@@ -183,11 +184,6 @@ def measure(peer: Peer, asked: Case, file: Path, found: Measured, say: Say, time
 def settings(asked: Case) -> dict[str, str]:
     """Of the environment."""
     return {"OMP_NUM_THREADS": str(asked.request.threads)}
-
-
-def cached_share(file: Path) -> float | None:
-    """The share of a file that is in the page cache; None where the system does not say."""
-    return min(1.0, box.cached_bytes(file) / file.stat().st_size) if hasattr(os, "posix_fadvise") else None
 
 
 def checked(ended: Ended, asked: Case, short: bool) -> Ended:
@@ -215,8 +211,8 @@ def benched(
         peer.program, str(file), asked.prompt, asked.new, asked.depth, threads, asked.repeat
     ):
         say(f"{BENCH} {' '.join(line[-4:])}")
-        ended, said = peer_process.run(line, timeout=timeout, env=settings(asked), text=True)
-        found.warm.append((ended, cached_share(file)))
+        ended, said = launch.run(line, timeout=timeout, env=settings(asked), text=True)
+        found.warm.append((ended, subject.cached_share([file])))
         if ended.status != "ok":
             break
         try:
@@ -260,15 +256,9 @@ def summed(
         line["cold"] = case.start(found.cold) if found.cold and found.cold[0][0].status == "ok" else None
     decoded = line["tests"].get(f"tg{asked.new}")
     if decoded is not None:
-        line["bandwidth"] = bandwidth(found.around, decoded["mean"], size)
+        reads = max(found.around.before, found.around.after)
+        line["bandwidth"] = case.bandwidth(found.around, decoded["mean"], size, reads)
     return line
-
-
-def bandwidth(around: Around, tps: float, size: int) -> dict[str, Any]:
-    """What decoding read a second, ``size`` bytes a token, beside what this machine read before and after."""
-    before, after = around.before / 1e9, around.after / 1e9
-    rates = {"before_gbps": before, "after_gbps": after, "read_gbps": max(before, after)}
-    return {**rates, "achieved_gbps": tps * size / 1e9, "bytes_per_token": size}
 
 
 def memory(good: Sequence[Ended]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 from edge.budget.machine import measured_bandwidth
 from edge.budget.memory import default_budget
-from edge.budget.plan import Plan, Request, enumerate_plans, pick
+from edge.budget.plan import Plan, Request, enumerate_plans, nearest, pick
 from edge.budget.units import parse_bytes
 from edge.profile import case as cases
-from edge.profile import subject as subjects
 from edge.profile.case import Case, Measured
 from edge.profile.forecast import Forecast
 from edge.profile.noise import Around
@@ -22,7 +21,6 @@ from edge.profile.subject import Subject
 from edge.session import plan_floor
 from edge.store.measured import measured
 from loaders.errors import EdgeError, Usage, WontFit, printable
-from loaders.formats.sharded import Notify
 
 # Budgets of a sweep that nobody named.
 RUNGS = 4
@@ -72,8 +70,7 @@ def planned(subject: Subject, wanted: Wanted) -> list[Planned]:
             try:
                 found.append(Planned(case, pick(plans, asked)))
             except WontFit as error:
-                nearest = min(plans, key=lambda plan, asked=asked: plan.over(asked))
-                found.append(Planned(case, None, error, nearest.label()))
+                found.append(Planned(case, None, error, nearest(plans, asked).label()))
     if len(found) > MOST_CASES:
         raise Usage(f"{len(found)} cases", field="--budgets, --contexts", expected=f"at most {MOST_CASES}")
     return found
@@ -122,7 +119,7 @@ class Listener(Protocol):
 def sweep(
     path: Path,
     items: Sequence[Planned],
-    facts: Callable[[Path | None], dict[str, Any]],
+    facts: dict[str, Any],
     expected: Forecast,
     in_box: bool,
     listener: Listener,
@@ -134,7 +131,7 @@ def sweep(
         if item.plan is None:
             assert item.refusal is not None
             why = f"nothing fits; the nearest is {item.nearest}"
-            yield cases.refused(item.case, facts(None), why, item.refusal.needed)
+            yield cases.refused(item.case, facts, why, item.refusal.needed)
             continue
         reading = partial(measured_bandwidth, item.case.request.threads)
         found, interrupt = Measured(around=Around(reading)), None
@@ -144,15 +141,9 @@ def sweep(
             interrupt = stop
         except (EdgeError, OSError) as error:
             found.error = explained(error)
-        said = cases.summed(item.case, facts(path), item.plan, found, expected)
+        said = cases.summed(item.case, facts, item.plan, found, expected)
         if interrupt is not None:
-            runs = f"{len(found.good())} of {item.case.repeat} runs"
-            said |= {"status": "interrupted", "why": f"interrupted after {runs}"}
+            said |= cases.interrupted(item.case, found)
         yield said
         if interrupt is not None:
             raise interrupt
-
-
-def make(subject: Subject, items: Sequence[Planned], keep: bool, notify: Notify) -> Any:
-    """Where the weights are while it is entered; see :func:`edge.profile.subject.weights`."""
-    return subjects.weights(subject, [item.plan for item in items if item.plan is not None], keep, notify)

@@ -48,15 +48,12 @@ class Subject:
         """Whether weights are random ones of ours."""
         return self.config is not None or (isinstance(self.source, Pack) and is_random(self.source))
 
-    def facts(self, weights: Path | None) -> dict[str, Any]:
-        """``model`` of a line of results; ``weights``: what was run."""
-        mark = None
-        if isinstance(self.source, Checkpoint) and weighty(self.source):
-            mark = fingerprint(self.source)
-        elif weights is not None and not isinstance(self.source, Checkpoint):
+    def facts(self) -> dict[str, Any]:
+        """``model`` of a line of results."""
+        if not isinstance(self.source, Checkpoint):
             mark = str(self.source.manifest.get("fingerprint"))
-        elif self.config is not None:
-            mark = shape_mark(self.source)
+        else:
+            mark = fingerprint(self.source) if weighty(self.source) else shape_mark(self.source)
         return {
             "name": self.name,
             "family": self.source.family.title,
@@ -90,9 +87,8 @@ def sketched(config: Path) -> Opened:
     return open_source(config / "config.json" if config.is_dir() else config, shapes=True)
 
 
-def shape_mark(source: Opened) -> str:
+def shape_mark(source: Checkpoint) -> str:
     """What identifies shapes without weights."""
-    assert isinstance(source, Checkpoint)
     return hashlib.sha256(json.dumps([VERSION, source.raw_config], sort_keys=True).encode()).hexdigest()
 
 
@@ -156,6 +152,7 @@ def precisions_of(plans: Sequence[Plan]) -> tuple[str, ...]:
 
 def made_folder(subject: Subject, plans: Sequence[Plan]) -> Path:
     """Where random weights lie: other shapes and other precisions lie elsewhere."""
+    assert isinstance(subject.source, Checkpoint)
     mark = hashlib.sha256(f"{shape_mark(subject.source)} {precisions_of(plans)}".encode()).hexdigest()
     return cache_root() / "synthetic" / f"{subject.name[:60]}-{mark[:16]}"
 
@@ -225,6 +222,6 @@ def cached_share(files: Sequence[Path]) -> float | None:
         return None
     try:
         size = sum(file.stat().st_size for file in files)
-        return sum(map(box.cached_bytes, files)) / size if size else 0.0
+        return min(1.0, sum(map(box.cached_bytes, files)) / size) if size else 0.0
     except OSError:
         return None
